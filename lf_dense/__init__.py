@@ -1,0 +1,31 @@
+"""LaplacianFormer: a linear-attention backbone for dense prediction.
+
+The attention and its functions need torch alone; the backbone is there, and registered, where mmengine is.
+"""
+
+from importlib.util import find_spec as _find_spec
+
+from .attention import LaplacianAttention
+from .backends import use_backend
+from .functional import laplacian_attention, laplacian_kernel, newton_schulz_inverse
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LaplacianAttention",
+    "LaplacianFormer",
+    "__version__",
+    "laplacian_attention",
+    "laplacian_kernel",
+    "newton_schulz_inverse",
+    "use_backend",
+]
+
+if _find_spec("mmengine") is not None:
+    from .laplacianformer import LaplacianFormer
+else:
+
+    def __getattr__(name: str) -> object:
+        if name == "LaplacianFormer":
+            raise ImportError("lf_dense.LaplacianFormer needs mmengine: pip install onedl-mmengine (or mmengine).")
+        raise AttributeError(f"module 'lf_dense' has no attribute {name!r}")

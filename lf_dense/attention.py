@@ -1,0 +1,160 @@
+"""LaplacianAttention: projections, rotary embedding, landmarks, the kernel attention and a depthwise convolution of the values.
+
+Tokens ``(B, N, C)`` and maps ``(B, C, H, W)`` are two views of one channels-last memory, so nothing is copied between them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional
+
+# The slowest rotation has 100 times the period of the fastest, which turns twice across the map.
+ROTARY_PERIOD_RATIO = 100.0
+
+
+def tokens_to_map(x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+    """View tokens ``(B, H * W, C)`` as a channels-last map ``(B, C, H, W)``."""
+    return x.unflatten(1, hw_shape).permute(0, 3, 1, 2)
+
+
+def map_to_tokens(x: Tensor) -> Tensor:
+    """View a map ``(B, C, H, W)`` as tokens ``(B, H * W, C)``; copies only where the map is not channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def rotary_table(hw_shape: tuple[int, int], head_dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines of a 2-D axial rotary embedding, each float32 of ``(H * W, 1, head_dims)``.
+
+    Coordinates run over [-1, 1] whatever the map's size, so that a larger image interpolates the positions seen in training.
+    The fastest rotation turns twice across the map, about a radian and a half per landmark cell of the default 7 x 7 grid:
+    anything faster would average out of the landmarks, which are pooled after the rotation.
+    Pairs are channels ``c`` and ``c + head_dims / 2``; the first half of the pairs turns with the row, the second with the column.
+    """
+    pairs = head_dims // 4
+    exponents = torch.arange(pairs, device=device, dtype=torch.float32) / pairs
+    frequencies = 2 * math.pi * ROTARY_PERIOD_RATIO**-exponents
+    height, width = hw_shape
+    rows, columns = ((torch.arange(n, device=device, dtype=torch.float32) * 2 + 1) / n - 1 for n in hw_shape)
+    row_angles = (rows[:, None] * frequencies)[:, None].expand(height, width, pairs)
+    column_angles = (columns[:, None] * frequencies)[None].expand(height, width, pairs)
+    angles = torch.cat([row_angles, column_angles], -1).flatten(0, 1).unsqueeze(1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply ``rotary_table`` to ``(B, N, heads, head_dims)``."""
+    cos, signed_sin = (part.to(x.dtype) for part in table)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
+def landmark_grid_pair(grid: object) -> tuple[int, int]:
+    """Check one landmark grid.
+
+    Raises:
+        ValueError: it is not two positive integers.
+    """
+    pair = tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(n, int) and n >= 1 for n in pair):
+        raise ValueError(f"the landmark grid {grid!r} is not two positive integers (rows, columns), like (7, 7).")
+    return pair
+
+
+class LaplacianAttention(nn.Module):
+    """Multi-head Laplacian attention over the tokens of a map, plus a 3 x 3 depthwise convolution of the values.
+
+    Landmarks are the rotated queries averaged over a fixed grid: at 224 x 224 the default 7 x 7 is the paper's own pooling in
+    every stage, and at any other size their number, and so the cost per token, stays what it was.
+
+    Args:
+        embed_dims: channels C.
+        num_heads: heads; each takes C / num_heads channels, a multiple of 4 (two axes, pairs).
+        landmark_grid: rows and columns of the landmarks; a map smaller than that uses its own size.
+        kernel_scale, newton_iters, normalization: see ``lf_dense.functional.laplacian_attention``.
+        qkv_bias: bias of the three projections.
+        proj_drop: dropout after the output projection.
+
+    Raises:
+        ValueError: a value is out of range or the heads do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        landmark_grid: tuple[int, int] = (7, 7),
+        kernel_scale: float = 4.0,
+        newton_iters: int = 10,
+        normalization: str = "mass",
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dims % num_heads or (embed_dims // num_heads) % 4:
+            raise ValueError(
+                f"{num_heads} heads of {embed_dims} channels: each head needs a whole number of channels, a multiple of 4 "
+                "(the rotary embedding turns pairs along two axes)."
+            )
+        functional.check_kernel_scale(kernel_scale)
+        functional.check_solver(newton_iters, eps=1e-2)
+        functional.check_normalization(normalization)
+        self.embed_dims = embed_dims
+        self.num_heads = num_heads
+        self.head_dims = embed_dims // num_heads
+        self.landmark_grid = landmark_grid_pair(landmark_grid)
+        self.kernel_scale = kernel_scale
+        self.newton_iters = newton_iters
+        self.normalization = normalization
+        self.q = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
+        self.k = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
+        self.v = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
+        self.dwconv = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def pool_landmarks(self, q: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Average queries ``(B, N, heads, head_dims)`` over the grid: ``(B, heads, m, head_dims)``."""
+        grid = tuple(min(cells, size) for cells, size in zip(self.landmark_grid, hw_shape))
+        pooled = F.adaptive_avg_pool2d(tokens_to_map(q.flatten(2), hw_shape), grid)
+        return map_to_tokens(pooled).unflatten(2, (self.num_heads, self.head_dims)).transpose(1, 2)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Attend over one map.
+
+        Args:
+            x: tokens ``(B, H * W, C)`` in row-major order.
+            hw_shape: ``(H, W)``.
+            table: ``rotary_table`` of this map, where the caller has it at hand for several blocks.
+
+        Returns:
+            ``(B, H * W, C)``.
+        """
+        heads = (self.num_heads, self.head_dims)
+        q, k, v = self.q(x).unflatten(2, heads), self.k(x).unflatten(2, heads), self.v(x)
+        if table is None:
+            table = rotary_table(hw_shape, self.head_dims, x.device)
+        q, k = rotate(q, table), rotate(k, table)
+        landmarks = self.pool_landmarks(q, hw_shape)
+        attended = functional.laplacian_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.unflatten(2, heads).transpose(1, 2),
+            landmarks,
+            scale=self.kernel_scale,
+            iters=self.newton_iters,
+            normalization=self.normalization,
+        )
+        local = map_to_tokens(self.dwconv(tokens_to_map(v, hw_shape))).unflatten(2, heads)
+        # The sum takes the layout of its first operand, so the heads return to their place without a copy of their own.
+        return self.proj_drop(self.proj((local + attended.transpose(1, 2)).flatten(2)))
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, landmark_grid={self.landmark_grid}, kernel_scale={self.kernel_scale}, "
+            f"newton_iters={self.newton_iters}, normalization={self.normalization!r}"
+        )

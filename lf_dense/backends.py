@@ -1,0 +1,74 @@
+"""Which implementation serves a call: the argument, else the ``use_backend`` block around it, else the environment.
+
+``"reference"`` is plain PyTorch, ``"native"`` the compiled operators of ``ops/``, and ``"auto"`` native where it can serve
+and the reference elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+
+BACKENDS = ("auto", "reference", "native")
+ENVIRONMENT_VARIABLE = "LF_DENSE_BACKEND"
+
+_in_block: contextvars.ContextVar[str | None] = contextvars.ContextVar("lf_dense_backend", default=None)
+
+
+def _checked(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin} asks for the backend {name!r}, which does not exist: use one of {', '.join(BACKENDS)}.")
+    return name
+
+
+def requested_backend(argument: str | None = None) -> str:
+    """The backend asked for: ``argument``, else the innermost ``use_backend``, else ``LF_DENSE_BACKEND``, else ``"auto"``.
+
+    Raises:
+        ValueError: the name is none of ``BACKENDS``; the message says where it came from.
+    """
+    if argument is not None:
+        return _checked(argument, "the argument backend")
+    in_block = _in_block.get()
+    if in_block is not None:
+        return in_block
+    return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"the environment variable {ENVIRONMENT_VARIABLE}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every call of ``lf_dense.functional`` in the block by ``name``, unless the call names a backend itself.
+
+    Raises:
+        ValueError: the name is none of ``BACKENDS``.
+    """
+    token = _in_block.set(_checked(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _in_block.reset(token)
+
+
+def native_obstacle() -> str | None:
+    """Why the native operators cannot serve, in one clause; None where they can."""
+    return "this version of lf_dense ships without them"
+
+
+def choose_backend(argument: str | None = None) -> str:
+    """Resolve a request to ``"reference"`` or ``"native"``.
+
+    Raises:
+        RuntimeError: native was asked for and cannot serve.
+        ValueError: the name is none of ``BACKENDS``.
+    """
+    requested = requested_backend(argument)
+    if requested == "reference":
+        return "reference"
+    obstacle = native_obstacle()
+    if obstacle is None:
+        return "native"
+    if requested == "native":
+        raise RuntimeError(f"the native operators cannot serve this call, since {obstacle}: use the backend 'auto' or 'reference'.")
+    return "reference"

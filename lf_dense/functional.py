@@ -1,0 +1,173 @@
+"""The one door to the attention's mathematics: check the arguments, choose a backend, call it.
+
+Every function takes ``backend="auto" | "reference" | "native"``; left at None, the ``lf_dense.use_backend`` block around the
+call decides, then the environment variable ``LF_DENSE_BACKEND``, then ``"auto"``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import choose_backend
+
+__all__ = ["NORMALIZATIONS", "laplacian_attention", "laplacian_kernel", "newton_schulz_inverse"]
+
+NORMALIZATIONS = ("mass", "whiten_keys", "whiten_landmarks")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_kernel_scale(scale: float) -> None:
+    """Raise ValueError unless the kernel's scale is a positive finite number."""
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"the kernel scale is {scale}, and has to be a positive finite number (the paper's is 4.0).")
+
+
+def check_solver(iters: int, eps: float) -> None:
+    """Raise ValueError unless the solver has at least one step and a positive finite ridge."""
+    if iters < 1:
+        raise ValueError(f"the solver got {iters} iterations, and needs at least 1 (10 converge for every input up to 196 landmarks).")
+    if not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"the solver's eps is {eps}, and has to be a positive finite number: without it a blank image has no inverse.")
+
+
+def check_normalization(normalization: str) -> None:
+    """Raise ValueError unless the name is one of ``NORMALIZATIONS``."""
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"the normalization {normalization!r} does not exist: use one of {', '.join(NORMALIZATIONS)}.")
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    (first_name, first), *others = tensors.items()
+    if first.dtype not in DTYPES:
+        raise TypeError(f"{first_name} is {first.dtype}, and has to be one of {', '.join(map(str, DTYPES))}.")
+    for name, tensor in others:
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise TypeError(
+                f"{name} is {tensor.dtype} on {tensor.device} and {first_name} is {first.dtype} on {first.device}: "
+                "convert them to one dtype and one device."
+            )
+
+
+def laplacian_kernel(x: Tensor, y: Tensor, scale: float = 4.0, *, backend: str | None = None) -> Tensor:
+    """The Laplacian kernel matrix ``exp(-|x_i - y_j|_1 / scale)`` (paper, section 3).
+
+    Args:
+        x: points ``(..., N, d)``: float64, float32, bfloat16 or float16; any strides.
+        y: points ``(..., M, d)`` with the same leading dimensions, dtype and device.
+        scale: the length over which the kernel falls by e, in units of L1 distance; 4 is the best of the paper's ablation.
+        backend: see the module.
+
+    Returns:
+        ``(..., N, M)`` in the dtype of ``x``, entries in (0, 1]. Distances and exponentials are taken in float32 or wider.
+        The gradient at ``x_i = y_j`` is 0. NaN in a point makes its row or column NaN.
+
+    Raises:
+        TypeError: dtypes or devices differ or are not supported.
+        ValueError: shapes do not fit, or ``scale`` is not a positive finite number.
+        RuntimeError: ``backend="native"`` cannot serve.
+    """
+    _check_tensors(x=x, y=y)
+    if x.ndim < 2 or x.ndim != y.ndim or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: they have to be (..., N, d) and (..., M, d).")
+    check_kernel_scale(scale)
+    choose_backend(backend)
+    return reference.laplacian_kernel(x, y, scale)
+
+
+def newton_schulz_inverse(w: Tensor, iters: int = 10, eps: float = 1e-2, *, backend: str | None = None) -> Tensor:
+    """``(w + eps I)^-1`` of kernel matrices by matrix products alone (paper, section 3.3; start and scaling are the project's).
+
+    Args:
+        w: symmetric positive semi-definite matrices with non-negative entries ``(..., m, m)``: any supported dtype.
+        iters: Newton-Schulz steps. 10 leave a relative error of 4e-5 or better in float32 on the worst input there is
+            (all landmarks equal) up to m = 196.
+        eps: the ridge added to the diagonal, and so the smallest eigenvalue.
+        backend: see the module.
+
+    Returns:
+        ``(..., m, m)`` in the dtype of ``w``, computed in float32 or wider whatever autocast says. The gradient is that of the
+        exact inverse, ``-X^T dX X^T``.
+
+    Raises:
+        TypeError: the dtype is not supported.
+        ValueError: ``w`` is not square, or ``iters`` or ``eps`` is out of range.
+        RuntimeError: ``backend="native"`` cannot serve.
+    """
+    _check_tensors(w=w)
+    if w.ndim < 2 or w.shape[-1] != w.shape[-2] or w.shape[-1] == 0:
+        raise ValueError(f"w has shape {tuple(w.shape)}, and has to be (..., m, m) with m at least 1.")
+    check_solver(iters, eps)
+    choose_backend(backend)
+    return reference.newton_schulz_inverse(w, iters, eps)
+
+
+def laplacian_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    landmarks: Tensor,
+    scale: float = 4.0,
+    iters: int = 10,
+    eps: float = 1e-2,
+    tau: float = 1e-2,
+    delta: float = 1e-5,
+    normalization: str = "mass",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Laplacian linear attention: each token's average of the values, weighted by a Nystroem kernel (paper, section 3.2).
+
+    With ``G = C_q (W + eps I)^-1 C_k^T``, the kernel between queries and keys through the landmarks, the result is ``Z V``:
+
+    - ``"mass"``: ``z_i = (g_i - mean g_i) / (N (max(mean g_i, 0) + tau)) + 1/N``. The default, by measurement: it is the only
+      one that keeps the exact kernel smoother's accuracy, and ``tau > 0`` keeps the map injective, because the kernel mass of a
+      query then survives in its row. A query far from every key gets the mean of V.
+    - ``"whiten_keys"``: the paper's diagonal estimate, column j centred and divided by ``sqrt(var_i g_ij + delta)``.
+    - ``"whiten_landmarks"``: the same on the m columns of ``C_q``.
+
+    All divide by N as their constant term 1/N does, so the output's scale does not depend on the image's size: repeating every
+    token leaves every output unchanged. Statistics are those of one image and one head, never of the batch.
+
+    Args:
+        q, k, v: ``(B, heads, N, d)``, N at least 1: float64, float32, bfloat16 or float16; any strides.
+        landmarks: ``(B, heads, m, d)``, m at least 1, usually pooled from ``q``.
+        scale: the kernel's scale.
+        iters: solver steps.
+        eps: the solver's ridge; bounds the condition number at about m / eps.
+        tau: the kernel mass at which a query's row is half its own and half the mean (``"mass"``).
+        delta: added to variances (the whitening forms).
+        normalization: one of ``NORMALIZATIONS``.
+        backend: see the module.
+
+    Returns:
+        ``(B, heads, N, d)`` in the dtype of ``v``; kernels, solver and sums in float32 or wider. Memory is linear in N.
+
+    Raises:
+        TypeError: dtypes or devices differ or are not supported.
+        ValueError: shapes do not fit or a constant is out of range.
+        RuntimeError: ``backend="native"`` cannot serve.
+    """
+    _check_tensors(q=q, k=k, v=v, landmarks=landmarks)
+    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or q.shape[2] == 0:
+        raise ValueError(
+            f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}: "
+            "they have to be (B, heads, N, d), all three the same, with N at least 1."
+        )
+    if landmarks.ndim != 4 or landmarks.shape[:2] != q.shape[:2] or landmarks.shape[3] != q.shape[3] or landmarks.shape[2] == 0:
+        raise ValueError(
+            f"landmarks have shape {tuple(landmarks.shape)} beside q of {tuple(q.shape)}: "
+            "they have to be (B, heads, m, d) with the same B, heads and d, and m at least 1."
+        )
+    check_kernel_scale(scale)
+    check_solver(iters, eps)
+    check_normalization(normalization)
+    if not (math.isfinite(tau) and tau >= 0):
+        raise ValueError(f"tau is {tau}, and has to be a finite number, 0 or larger.")
+    if not (math.isfinite(delta) and delta > 0):
+        raise ValueError(f"delta is {delta}, and has to be a positive finite number.")
+    choose_backend(backend)
+    return reference.laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau, delta, normalization)

@@ -1,0 +1,313 @@
+"""The LaplacianFormer pyramid and its presets, registered once in mmengine's root registry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from .attention import LaplacianAttention, landmark_grid_pair, map_to_tokens, rotary_table, tokens_to_map
+
+NUM_STAGES = 4
+MIN_SIZE = 32
+_WIDTHS = {"embed_dims": (64, 128, 320, 512), "num_heads": (1, 2, 5, 8), "mlp_ratios": (8, 8, 4, 4)}
+# Depths are reconstructed: the paper publishes parameters and FLOPs, and these meet both within 1 %.
+ARCHS: dict[str, dict[str, tuple[int, ...]]] = {
+    "tiny": {**_WIDTHS, "depths": (2, 2, 2, 2)},
+    "small": {**_WIDTHS, "depths": (3, 3, 10, 3)},
+    "medium": {**_WIDTHS, "depths": (3, 3, 19, 6)},
+    "large": {**_WIDTHS, "depths": (3, 3, 35, 5)},
+    "huge": {**_WIDTHS, "depths": (3, 5, 52, 3)},
+}
+
+
+def resolve_arch(arch: str | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Look a preset up, or check a dict with the keys ``embed_dims``, ``depths``, ``num_heads`` and ``mlp_ratios``.
+
+    Raises:
+        ValueError: an unknown name, wrong keys, or values that are not four positive integers.
+    """
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            raise ValueError(f"the arch {arch!r} does not exist: use one of {', '.join(ARCHS)}, or a dict.")
+        return ARCHS[arch]
+    wanted = set(ARCHS["tiny"])
+    if not isinstance(arch, Mapping) or set(arch) != wanted:
+        got = sorted(arch) if isinstance(arch, Mapping) else type(arch).__name__
+        raise ValueError(f"a custom arch is a dict with exactly the keys {sorted(wanted)}, and this one has {got}.")
+    for key, values in arch.items():
+        if len(values) != NUM_STAGES or not all(isinstance(n, int) and n >= 1 for n in values):
+            raise ValueError(f"arch[{key!r}] is {values!r}, and has to be {NUM_STAGES} positive integers, one per stage.")
+    return {key: tuple(values) for key, values in arch.items()}
+
+
+def _resolve_grids(landmark_grid: Sequence[Any]) -> list[tuple[int, int]]:
+    per_stage = isinstance(landmark_grid, (tuple, list)) and len(landmark_grid) == NUM_STAGES
+    return [landmark_grid_pair(grid) for grid in (landmark_grid if per_stage else [landmark_grid] * NUM_STAGES)]
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}, and has to be in [0, 1).")
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop a residual branch for whole samples, and scale the others up to keep the mean."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patch embedding: a strided convolution (its output is ceil(size / stride)) and a LayerNorm."""
+
+    def __init__(self, in_channels: int, embed_dims: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, embed_dims, kernel_size, stride, padding=kernel_size // 2)
+        self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = self.proj(x)
+        return self.norm(map_to_tokens(x)), (x.shape[2], x.shape[3])
+
+
+class ConvFFN(nn.Module):
+    """PVTv2's feed-forward network: linear, 3 x 3 depthwise convolution, GELU, linear."""
+
+    def __init__(self, embed_dims: int, hidden_dims: int, drop: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dims, hidden_dims)
+        self.dwconv = nn.Conv2d(hidden_dims, hidden_dims, 3, padding=1, groups=hidden_dims)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dims, embed_dims)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        x = map_to_tokens(self.dwconv(tokens_to_map(self.fc1(x), hw_shape)))
+        return self.drop(self.fc2(self.drop(self.act(x))))
+
+
+class LaplacianBlock(nn.Module):
+    """Pre-norm block: ``x + DropPath(Attention(LN(x)))``, then ``x + DropPath(ConvFFN(LN(x)))``."""
+
+    def __init__(self, embed_dims: int, mlp_ratio: int, drop_rate: float, drop_path_rate: float, **attention: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.attn = LaplacianAttention(embed_dims, proj_drop=drop_rate, **attention)
+        self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.ffn = ConvFFN(embed_dims, embed_dims * mlp_ratio, drop_rate)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), hw_shape, table))
+        return x + self.drop_path(self.ffn(self.norm2(x), hw_shape))
+
+
+class LaplacianStage(nn.Module):
+    """Patch embedding, blocks and output norm of one resolution; the rotary table is made once for all its blocks."""
+
+    def __init__(self, patch_embed: PatchEmbed, blocks: Sequence[LaplacianBlock], embed_dims: int, with_cp: bool) -> None:
+        super().__init__()
+        self.patch_embed = patch_embed
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, hw_shape = self.patch_embed(x)
+        table = rotary_table(hw_shape, self.blocks[0].attn.head_dims, x.device)
+        for block in self.blocks:
+            if self.with_cp and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, hw_shape, table, use_reentrant=False)
+            else:
+                x = block(x, hw_shape, table)
+        return tokens_to_map(self.norm(x), hw_shape)
+
+
+@MODELS.register_module()
+class LaplacianFormer(BaseModule):
+    """A four-stage pyramid (strides 4, 8, 16, 32) with Laplacian linear attention.
+
+    "LaplacianFormer: Rethinking Linear Attention with Laplacian Kernel" (arXiv 2604.20368) in the PVTv2 shape. Cost and memory
+    are linear in the number of pixels. The type resolves by its bare name in mmdet, mmseg and mmpretrain configs.
+
+    Args:
+        arch: ``"tiny"``, ``"small"``, ``"medium"``, ``"large"``, ``"huge"``, or a dict with ``embed_dims``, ``depths``,
+            ``num_heads`` and ``mlp_ratios``, four integers each. Depths above tiny are reconstructed from published counts.
+        in_channels: channels of the image.
+        out_indices: the stages whose maps are returned, each 0 to 3, increasing.
+        frozen_stages: -1 freezes nothing, 0 the first patch embedding, k in 1..4 the stages 1..k whole (no gradient, eval mode).
+        norm_eval: keep norm layers in eval mode. LayerNorm has no running statistics, so nothing changes in the outputs; the
+            argument is there for configs that set it for whichever backbone they have.
+        with_cp: recompute each block in the backward pass instead of keeping its activations.
+        drop_rate: dropout after the attention's projection and in the feed-forward network.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        landmark_grid: rows and columns of landmarks, one pair or one pair per stage.
+        kernel_scale: the Laplacian kernel's scale lambda.
+        newton_iters: Newton-Schulz steps of the landmark inverse.
+        normalization: ``"mass"``, ``"whiten_keys"`` or ``"whiten_landmarks"``; see ``lf_dense.functional.laplacian_attention``.
+        init_cfg: mmengine initialisation, ``dict(type="Pretrained", checkpoint=...)`` for example. None keeps the default:
+            truncated normal of 0.02 for linear layers, fan-out normal for convolutions.
+
+    Input: float images ``(B, in_channels, H, W)`` with H and W at least 32, odd sizes included.
+    Output: a tuple of maps ``(B, embed_dims[i], ceil(H / stride), ceil(W / stride))``, channels-last in memory.
+
+    Raises:
+        ValueError: an argument is out of range; the message says which and what is possible.
+    """
+
+    _version = 1
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Sequence[int]] = "tiny",
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        landmark_grid: Sequence[Any] = (7, 7),
+        kernel_scale: float = 4.0,
+        newton_iters: int = 10,
+        normalization: str = "mass",
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        settings = resolve_arch(arch)
+        grids = _resolve_grids(landmark_grid)
+        if isinstance(out_indices, int) or not out_indices or sorted({*out_indices} & {*range(NUM_STAGES)}) != list(out_indices):
+            raise ValueError(f"out_indices is {out_indices!r}, and has to be increasing stage numbers from 0 to {NUM_STAGES - 1}.")
+        if frozen_stages not in range(-1, NUM_STAGES + 1):
+            raise ValueError(f"frozen_stages is {frozen_stages!r}, and has to be from -1 (nothing) to {NUM_STAGES} (everything).")
+        _check_probability("drop_rate", drop_rate)
+        _check_probability("drop_path_rate", drop_path_rate)
+
+        self.embed_dims = settings["embed_dims"]
+        self.depths = settings["depths"]
+        self.in_channels = in_channels
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths)).tolist())
+        self.stages = nn.ModuleList()
+        for index, dims in enumerate(self.embed_dims):
+            blocks = [
+                LaplacianBlock(
+                    dims,
+                    settings["mlp_ratios"][index],
+                    drop_rate,
+                    next(drop_path_rates),
+                    num_heads=settings["num_heads"][index],
+                    landmark_grid=grids[index],
+                    kernel_scale=kernel_scale,
+                    newton_iters=newton_iters,
+                    normalization=normalization,
+                )
+                for _ in range(self.depths[index])
+            ]
+            first = index == 0
+            patch_embed = PatchEmbed(
+                in_channels if first else self.embed_dims[index - 1], dims, kernel_size=7 if first else 3, stride=4 if first else 2
+            )
+            self.stages.append(LaplacianStage(patch_embed, blocks, dims, with_cp))
+        self._default_init()
+        self._freeze_stages()
+
+    def _default_init(self) -> None:
+        """Initialise as PVTv2 does, at construction: what a checkpoint does not cover then starts sensibly too."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Conv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+            else:
+                continue
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [self.stages[0].patch_embed, *self.stages[: self.frozen_stages]]
+
+    def _freeze_stages(self) -> None:
+        for module in self._frozen_modules():
+            module.eval()
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> LaplacianFormer:
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, (nn.LayerNorm, _BatchNorm)):
+                    module.eval()
+        return self
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"the image batch has shape {tuple(x.shape)}, and has to be (B, {self.in_channels}, H, W).")
+        if not x.is_floating_point():
+            raise TypeError(f"the image batch is {x.dtype}: normalise it to floating point first (a data_preprocessor does that).")
+        if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
+            raise ValueError(f"the images are {x.shape[2]} x {x.shape[3]}, and have to be at least {MIN_SIZE} x {MIN_SIZE}: pad or enlarge them.")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        self._check_input(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        outs = []
+        for index, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
+            x = stage(x)
+            if index in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """Layer of a parameter for layer-wise learning-rate decay, in mmpretrain's convention.
+
+        Args:
+            param_name: name of a parameter, as ``named_parameters`` of the whole model gives it.
+            prefix: what stands before this backbone's own names, ``"backbone."`` usually.
+
+        Returns:
+            ``(layer_depth, num_layers)``: 0 for the first patch embedding, i + 1 for block i of the network, together with the
+            patch embedding before it and the norm after it, and ``num_layers - 1`` for whatever is not in the backbone.
+
+        Raises:
+            ValueError: the name has the prefix and is no parameter of this backbone.
+        """
+        num_layers = sum(self.depths) + 2
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        name = param_name[len(prefix) :]
+        parts = name.split(".")
+        if parts[0] != "stages" or len(parts) < 4:
+            raise ValueError(f"{param_name!r} is not a parameter of this LaplacianFormer under the prefix {prefix!r}.")
+        stage = int(parts[1])
+        first_layer = sum(self.depths[:stage]) + 1
+        if parts[2] == "patch_embed":
+            return (0 if stage == 0 else first_layer), num_layers
+        if parts[2] == "norm":
+            return first_layer + self.depths[stage] - 1, num_layers
+        return first_layer + int(parts[3]), num_layers
