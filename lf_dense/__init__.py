@@ -22,7 +22,10 @@ __all__ = [
 ]
 
 if _find_spec("mmengine") is not None:
+    from .frameworks import align_config_names as _align_config_names
     from .laplacianformer import LaplacianFormer
+
+    _align_config_names()
 else:
 
     def __getattr__(name: str) -> object:

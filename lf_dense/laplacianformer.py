@@ -108,7 +108,7 @@ class ConvFFN(nn.Module):
 class LaplacianBlock(nn.Module):
     """Pre-norm block: ``x + DropPath(Attention(LN(x)))``, then ``x + DropPath(ConvFFN(LN(x)))``."""
 
-    def __init__(self, embed_dims: int, mlp_ratio: int, drop_rate: float, drop_path_rate: float, **attention: Any) -> None:  # noqa: ANN401
+    def __init__(self, embed_dims: int, mlp_ratio: int, drop_rate: float, drop_path_rate: float, **attention: Any) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.attn = LaplacianAttention(embed_dims, proj_drop=drop_rate, **attention)
@@ -271,7 +271,9 @@ class LaplacianFormer(BaseModule):
         if not x.is_floating_point():
             raise TypeError(f"the image batch is {x.dtype}: normalise it to floating point first (a data_preprocessor does that).")
         if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
-            raise ValueError(f"the images are {x.shape[2]} x {x.shape[3]}, and have to be at least {MIN_SIZE} x {MIN_SIZE}: pad or enlarge them.")
+            raise ValueError(
+                f"the images are {x.shape[2]} x {x.shape[3]}, and have to be at least {MIN_SIZE} x {MIN_SIZE}: pad or enlarge them."
+            )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         self._check_input(x)

@@ -146,7 +146,7 @@ def main() -> None:
     total = len(plan(False))
     for number, step in enumerate(first, 1):
         run_step(step, f"{number}/{total}", python, setup_dir)
-    for number, step in enumerate(plan(torch_has_cuda(python))[len(first):], len(first) + 1):
+    for number, step in enumerate(plan(torch_has_cuda(python))[len(first) :], len(first) + 1):
         run_step(step, f"{number}/{total}", python, setup_dir)
     print(f"environment ready: {args.venv}")
 

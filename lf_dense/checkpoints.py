@@ -1,0 +1,125 @@
+"""Checkpoints that survive interruption: written whole or not at all, looked at before they are trusted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.logging import print_log
+from torch import nn
+
+from .errors import UsageError
+
+_NUMBERED = re.compile(r"(?:epoch|iter)_(\d+)\.pth")
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file so that a reader, or a power cut, finds either the old content or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class AtomicLocalBackend(LocalBackend):
+    """mmengine's local files, written atomically."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        write_atomically(filepath, obj)
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
+        write_atomically(filepath, obj.encode(encoding))
+
+
+def write_checkpoints_atomically() -> None:
+    """Make mmengine, and so its CheckpointHook, write local files through ``AtomicLocalBackend`` in this process."""
+    register_backend("local", AtomicLocalBackend, prefixes="", force=True)
+
+
+def is_remote(checkpoint: str) -> bool:
+    """Whether mmengine would fetch it: an address or one of its prefixes, like ``torchvision://``."""
+    return "://" in checkpoint
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Read a local checkpoint file through, checksums included.
+
+    Raises:
+        UsageError: it is not there, empty, truncated, damaged, or not a PyTorch checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"the checkpoint {path} is not there.")
+    broken = UsageError(f"the checkpoint {path} ({path.stat().st_size} bytes) is truncated or not a PyTorch checkpoint: use another.")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise broken
+        else:
+            # Files from before torch 1.6 are pickles, with no checksum to ask.
+            torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+        raise broken from error
+
+
+def latest_good_checkpoint(work_dir: str | Path) -> str:
+    """The newest checkpoint of a run that can be read, passing over (and naming) any that an interruption left damaged.
+
+    Raises:
+        UsageError: the work dir has no readable checkpoint.
+    """
+    work_dir = Path(work_dir)
+    candidates = {path for path in work_dir.glob("*.pth") if _NUMBERED.fullmatch(path.name)}
+    pointer = work_dir / "last_checkpoint"
+    if pointer.is_file() and (target := Path(pointer.read_text().strip())).is_file():
+        candidates.add(target)
+    unique = {path.resolve(): path for path in candidates}
+    for path in sorted(unique.values(), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            check_checkpoint(path)
+        except UsageError as error:
+            print_log(f"passed over: {error}", logger="current", level=logging.WARNING)
+        else:
+            return str(path)
+    raise UsageError(f"there is nothing to resume in {work_dir}: no readable epoch_*.pth or iter_*.pth; start without --resume.")
+
+
+def check_weights_match(model: nn.Module, checkpoint: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Make sure that a checkpoint holds every parameter and buffer of a model, in its shape.
+
+    Raises:
+        UsageError: something is missing or has another shape; the first three are named.
+    """
+    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    own = model.state_dict()
+    problems = [f"{name} (missing)" for name in own if name not in state_dict]
+    problems += [
+        f"{name} ({tuple(state_dict[name].shape)} for {tuple(value.shape)})"
+        for name, value in own.items()
+        if name in state_dict and state_dict[name].shape != value.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UsageError(
+            f"the checkpoint {checkpoint} does not fit the config's model, {len(problems)} of {len(own)} tensors: "
+            f"{', '.join(problems[:3])}{more}; use the config that it was trained with."
+        )

@@ -1,0 +1,45 @@
+"""What the command lines share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from mmengine.config import DictAction
+
+from .errors import UsageError
+
+LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """``--cfg-options``."""
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help='override settings of the config, by dotted key; lists as key="[a,b]"; data_root=... moves all data paths at once',
+    )
+
+
+def add_launcher(parser: argparse.ArgumentParser) -> None:
+    """``--launcher``, and the ``--local-rank`` that torch.distributed.launch passes."""
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="none", help="what started the processes of a distributed job")
+    parser.add_argument("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def set_local_rank(local_rank: int) -> None:
+    """mmengine reads the rank from the environment, where torchrun puts it and the older launcher does not."""
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command line; what its user can mend ends it with one sentence and exit code 2."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

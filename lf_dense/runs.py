@@ -1,0 +1,174 @@
+"""From a config and a command line's wishes to an mmengine Runner: what train.py and test.py share."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.device import is_cuda_available, is_mlu_available, is_musa_available, is_npu_available
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import _load_checkpoint
+
+from .checkpoints import check_checkpoint, check_weights_match, is_remote, latest_good_checkpoint, write_checkpoints_atomically
+from .errors import UsageError
+from .frameworks import check_data, framework_of
+
+AUTO = "auto"
+
+
+def set_work_dir(config: Config, work_dir: str | None) -> None:
+    """The argument, else the config's own, else ``work_dirs/`` and the config's name."""
+    if work_dir is not None:
+        config.work_dir = work_dir
+    elif config.get("work_dir") is None:
+        config.work_dir = str(Path("work_dirs", Path(config.filename).stem))
+
+
+def enable_amp(config: Config) -> None:
+    """Train in mixed precision through mmengine's AmpOptimWrapper.
+
+    Raises:
+        UsageError: there is no device that mmengine supports it on, or the config has another optimizer wrapper.
+    """
+    if not (is_cuda_available() or is_npu_available() or is_mlu_available() or is_musa_available()):
+        raise UsageError("--amp needs a GPU (mmengine's AmpOptimWrapper does not run on a CPU), and none is visible: leave it out.")
+    wrapper = config.optim_wrapper.get("type", "OptimWrapper")
+    if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise UsageError(f"--amp replaces an OptimWrapper, and the config has {wrapper}: set mixed precision in its own options.")
+    config.optim_wrapper.type = "AmpOptimWrapper"
+    config.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def enable_auto_scale_lr(config: Config) -> None:
+    """Scale the learning rate by the real batch size over the one that the config was tuned for.
+
+    Raises:
+        UsageError: the config does not say which batch size that was.
+    """
+    if "base_batch_size" not in config.get("auto_scale_lr", {}):
+        raise UsageError("--auto-scale-lr needs the batch size that the learning rate was tuned for: set auto_scale_lr.base_batch_size.")
+    config.auto_scale_lr.enable = True
+
+
+def set_resume(config: Config, resume: str) -> None:
+    """Resume from a checkpoint, or under ``AUTO`` from the newest readable one of the work dir.
+
+    Raises:
+        UsageError: there is nothing to resume, or the checkpoint cannot be read.
+    """
+    if resume == AUTO:
+        resume = latest_good_checkpoint(config.work_dir)
+    elif not is_remote(resume):
+        check_checkpoint(resume)
+    config.resume = True
+    config.load_from = resume
+
+
+def keep_previous_checkpoint(config: Config) -> None:
+    """Keep two checkpoints where the config asks for one: mmengine deletes the old before it writes the new."""
+    hook = config.get("default_hooks", {}).get("checkpoint") or {}
+    if hook.get("max_keep_ckpts") == 1:
+        hook["max_keep_ckpts"] = 2
+        print_log(
+            "default_hooks.checkpoint.max_keep_ckpts is raised from 1 to 2, since an interruption between deleting the old "
+            "checkpoint and writing the new would lose the run.",
+            logger="current",
+            level=logging.WARNING,
+        )
+
+
+def build_runner(config: Config) -> Runner:
+    """The config's own runner type, or mmengine's."""
+    return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+
+
+def training_runner(
+    config: Config,
+    *,
+    work_dir: str | None = None,
+    resume: str | None = None,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    launcher: str = "none",
+) -> Runner:
+    """Check everything that can be checked without a model, then build the runner; ``train()`` is left to the caller.
+
+    Raises:
+        UsageError: framework, data, checkpoint or options cannot work.
+    """
+    framework_of(config)
+    config.launcher = launcher
+    set_work_dir(config, work_dir)
+    if amp:
+        enable_amp(config)
+    if auto_scale_lr:
+        enable_auto_scale_lr(config)
+    check_data(config, ("train", "val") if config.get("val_cfg") else ("train",))
+    if resume is not None:
+        set_resume(config, resume)
+    elif config.get("load_from") and not is_remote(config.load_from):
+        check_checkpoint(config.load_from)
+    keep_previous_checkpoint(config)
+    write_checkpoints_atomically()
+    return build_runner(config)
+
+
+def draw_predictions(config: Config, directory: str) -> None:
+    """Make the framework's own visualization hook paint every test image into ``directory``."""
+    hook = config.setdefault("default_hooks", {}).setdefault("visualization", {"type": framework_of(config).visualization_hook})
+    if config.default_scope == "mmpretrain":
+        hook.update(enable=True, interval=1, out_dir=directory)
+    else:
+        hook.update(draw=True, interval=1)
+        # mmdet's hook nests its folder in the visualizer's; mmseg's has no folder of its own.
+        if config.default_scope == "mmdet":
+            hook.update(test_out_dir=str(Path(directory).resolve()))
+        else:
+            config.visualizer.update(save_dir=directory, vis_backends=[{"type": "LocalVisBackend"}])
+
+
+def testing_runner(
+    config: Config,
+    checkpoint: str,
+    *,
+    work_dir: str | None = None,
+    show_dir: str | None = None,
+    out: str | None = None,
+    launcher: str = "none",
+) -> Runner:
+    """Like ``training_runner``, for evaluation; the checkpoint has to cover the whole model.
+
+    Args:
+        config: the config.
+        checkpoint: path or address.
+        work_dir: where logs and metrics go.
+        show_dir: draw every image with its prediction there.
+        out: pickle file for the raw predictions.
+        launcher: mmengine's launcher.
+
+    Raises:
+        UsageError: framework, data, checkpoint or options cannot work, or the weights do not fit the model.
+    """
+    framework_of(config)
+    config.launcher = launcher
+    set_work_dir(config, work_dir)
+    if not is_remote(checkpoint):
+        check_checkpoint(checkpoint)
+    check_data(config, ("test",))
+    if out is not None:
+        if Path(out).suffix not in (".pkl", ".pickle"):
+            raise UsageError(f"--out {out}: the raw predictions are a pickle, so the name has to end in .pkl.")
+        evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
+        dump = "DumpDetResults" if config.default_scope == "mmdet" else "DumpResults"
+        config.test_evaluator = [*evaluators, {"type": dump, "out_file_path": out}]
+    if show_dir is not None:
+        draw_predictions(config, show_dir)
+    config.load_from = checkpoint
+    config.model.pop("init_cfg", None)
+    runner = build_runner(config)
+    loaded = _load_checkpoint(checkpoint, map_location="cpu")
+    check_weights_match(runner.model, checkpoint, loaded.get("state_dict", loaded))
+    return runner

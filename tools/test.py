@@ -1,0 +1,34 @@
+"""Evaluate a checkpoint with the metrics of its config, whichever framework the config belongs to."""
+
+from __future__ import annotations
+
+import argparse
+
+from lf_dense.cli import add_config_options, add_launcher, run, set_local_rank
+from lf_dense.frameworks import load_config
+from lf_dense.runs import testing_runner
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="path or packaged name of the config")
+    parser.add_argument("checkpoint", help="checkpoint to evaluate")
+    parser.add_argument("--work-dir", help="folder for logs and metrics (default: work_dirs/CONFIG'S NAME)")
+    parser.add_argument("--out", metavar="FILE.pkl", help="also save the raw predictions")
+    parser.add_argument("--show-dir", help="also draw every image with its ground truth and prediction into this folder")
+    add_config_options(parser)
+    add_launcher(parser)
+    args = parser.parse_args()
+    set_local_rank(args.local_rank)
+    testing_runner(
+        load_config(args.config, args.cfg_options),
+        args.checkpoint,
+        work_dir=args.work_dir,
+        show_dir=args.show_dir,
+        out=args.out,
+        launcher=args.launcher,
+    ).test()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,43 @@
+"""Train from any config: our own, a path, or a packaged one like mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.
+
+The config's default_scope says which framework it belongs to: detection, segmentation and classification start alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from lf_dense.cli import add_config_options, add_launcher, run, set_local_rank
+from lf_dense.frameworks import load_config
+from lf_dense.runs import AUTO, training_runner
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="path or packaged name of the config")
+    parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/CONFIG'S NAME)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=AUTO,
+        metavar="CKPT",
+        help="go on from a checkpoint; without a value, from the newest readable one in the work dir",
+    )
+    parser.add_argument("--amp", action="store_true", help="mixed precision (needs a GPU)")
+    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the global batch size")
+    add_config_options(parser)
+    add_launcher(parser)
+    args = parser.parse_args()
+    set_local_rank(args.local_rank)
+    training_runner(
+        load_config(args.config, args.cfg_options),
+        work_dir=args.work_dir,
+        resume=args.resume,
+        amp=args.amp,
+        auto_scale_lr=args.auto_scale_lr,
+        launcher=args.launcher,
+    ).train()
+
+
+if __name__ == "__main__":
+    run(main)
