@@ -83,8 +83,8 @@ def newton_schulz_inverse(w: Tensor, iters: int = 10, eps: float = 1e-2, *, back
 
     Args:
         w: symmetric positive semi-definite matrices with non-negative entries ``(..., m, m)``: any supported dtype.
-        iters: Newton-Schulz steps. 10 leave a relative error of 4e-5 or better in float32 on the worst input there is
-            (all landmarks equal) up to m = 196.
+        iters: Newton-Schulz steps. 10 converge for every input up to m = 196, all landmarks equal included; a last step in
+            float64 then takes off the rounding error.
         eps: the ridge added to the diagonal, and so the smallest eigenvalue.
         backend: see the module.
 

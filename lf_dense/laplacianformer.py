@@ -43,7 +43,7 @@ def resolve_arch(arch: str | Mapping[str, Sequence[int]]) -> dict[str, tuple[int
         got = sorted(arch) if isinstance(arch, Mapping) else type(arch).__name__
         raise ValueError(f"a custom arch is a dict with exactly the keys {sorted(wanted)}, and this one has {got}.")
     for key, values in arch.items():
-        if len(values) != NUM_STAGES or not all(isinstance(n, int) and n >= 1 for n in values):
+        if not isinstance(values, (tuple, list)) or len(values) != NUM_STAGES or not all(isinstance(n, int) and n >= 1 for n in values):
             raise ValueError(f"arch[{key!r}] is {values!r}, and has to be {NUM_STAGES} positive integers, one per stage.")
     return {key: tuple(values) for key, values in arch.items()}
 
@@ -199,6 +199,8 @@ class LaplacianFormer(BaseModule):
             raise ValueError(f"out_indices is {out_indices!r}, and has to be increasing stage numbers from 0 to {NUM_STAGES - 1}.")
         if frozen_stages not in range(-1, NUM_STAGES + 1):
             raise ValueError(f"frozen_stages is {frozen_stages!r}, and has to be from -1 (nothing) to {NUM_STAGES} (everything).")
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f"in_channels is {in_channels!r}, and has to be a positive integer.")
         _check_probability("drop_rate", drop_rate)
         _check_probability("drop_path_rate", drop_path_rate)
 
@@ -303,9 +305,9 @@ class LaplacianFormer(BaseModule):
         if not param_name.startswith(prefix):
             return num_layers - 1, num_layers
         name = param_name[len(prefix) :]
-        parts = name.split(".")
-        if parts[0] != "stages" or len(parts) < 4:
+        if name not in dict(self.named_parameters()):
             raise ValueError(f"{param_name!r} is not a parameter of this LaplacianFormer under the prefix {prefix!r}.")
+        parts = name.split(".")
         stage = int(parts[1])
         first_layer = sum(self.depths[:stage]) + 1
         if parts[2] == "patch_embed":

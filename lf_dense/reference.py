@@ -49,7 +49,9 @@ class _NewtonSchulzInverse(torch.autograd.Function):
             rescale = 2 / (1 + lower)
             inverse = rescale * inverse
             lower = rescale * lower
-        return inverse
+        # One plain step in float64 takes off the rounding that the iteration gathered, which whitening would amplify.
+        wide, residual = inverse.double(), 2 * identity.double() - w.double() @ inverse.double()
+        return (wide @ residual).to(w.dtype)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -98,9 +100,10 @@ def laplacian_attention(
         mean_value = values.mean(-2, keepdim=True)
         num_tokens = q.shape[-2]
         if normalization == "mass":
-            pooled = inverse @ (kernel_k.mT @ values) / num_tokens
+            # The mean leaves the values before the sums, not after: on close tokens the difference would cancel to nothing.
+            pooled = inverse @ (kernel_k.mT @ (values - mean_value)) / num_tokens
             mass = kernel_q @ (inverse @ kernel_k.mean(-2).unsqueeze(-1))
-            out = (kernel_q @ pooled - mass * mean_value) / (mass.clamp_min(0) + tau) + mean_value
+            out = kernel_q @ pooled / (mass.clamp_min(0) + tau) + mean_value
         else:
             centred = kernel_q - kernel_q.mean(-2, keepdim=True)
             if normalization == "whiten_keys":

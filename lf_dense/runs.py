@@ -85,7 +85,7 @@ def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
 
 
-def training_runner(
+def build_training_runner(
     config: Config,
     *,
     work_dir: str | None = None,
@@ -118,7 +118,9 @@ def training_runner(
 
 def draw_predictions(config: Config, directory: str) -> None:
     """Make the framework's own visualization hook paint every test image into ``directory``."""
-    hook = config.setdefault("default_hooks", {}).setdefault("visualization", {"type": framework_of(config).visualization_hook})
+    if "visualization" not in config.get("default_hooks", {}):
+        config.merge_from_dict({"default_hooks.visualization.type": framework_of(config).visualization_hook})
+    hook = config.default_hooks.visualization
     if config.default_scope == "mmpretrain":
         hook.update(enable=True, interval=1, out_dir=directory)
     else:
@@ -130,7 +132,7 @@ def draw_predictions(config: Config, directory: str) -> None:
             config.visualizer.update(save_dir=directory, vis_backends=[{"type": "LocalVisBackend"}])
 
 
-def testing_runner(
+def build_testing_runner(
     config: Config,
     checkpoint: str,
     *,
@@ -139,7 +141,7 @@ def testing_runner(
     out: str | None = None,
     launcher: str = "none",
 ) -> Runner:
-    """Like ``training_runner``, for evaluation; the checkpoint has to cover the whole model.
+    """Like ``build_training_runner``, for evaluation; the checkpoint has to cover the whole model.
 
     Args:
         config: the config.

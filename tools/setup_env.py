@@ -14,7 +14,9 @@ import sys
 import threading
 import time
 import venv
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +31,7 @@ class Step(NamedTuple):
     title: str
     pip_args: list[str]
     proof: str
-    environment: dict[str, str] = {}
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
 def requirement_args(name: str) -> list[str]:
@@ -78,7 +80,7 @@ def stamp_path(setup_dir: Path, step: Step) -> Path:
     return setup_dir / f"{hashlib.sha256(content).hexdigest()[:16]}.done"
 
 
-def run_logged(command: list[str], log: Path, environment: dict[str, str]) -> int:
+def run_logged(command: list[str], log: Path, environment: Mapping[str, str]) -> int:
     """Run a command with its output in ``log``, and print a sign of life every half minute."""
     started = time.monotonic()
     finished = threading.Event()

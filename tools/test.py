@@ -6,7 +6,7 @@ import argparse
 
 from lf_dense.cli import add_config_options, add_launcher, run, set_local_rank
 from lf_dense.frameworks import load_config
-from lf_dense.runs import testing_runner
+from lf_dense.runs import build_testing_runner
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     add_launcher(parser)
     args = parser.parse_args()
     set_local_rank(args.local_rank)
-    testing_runner(
+    build_testing_runner(
         load_config(args.config, args.cfg_options),
         args.checkpoint,
         work_dir=args.work_dir,

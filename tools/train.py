@@ -9,7 +9,7 @@ import argparse
 
 from lf_dense.cli import add_config_options, add_launcher, run, set_local_rank
 from lf_dense.frameworks import load_config
-from lf_dense.runs import AUTO, training_runner
+from lf_dense.runs import AUTO, build_training_runner
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     add_launcher(parser)
     args = parser.parse_args()
     set_local_rank(args.local_rank)
-    training_runner(
+    build_training_runner(
         load_config(args.config, args.cfg_options),
         work_dir=args.work_dir,
         resume=args.resume,

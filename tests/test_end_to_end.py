@@ -1,0 +1,273 @@
+"""The tools, driven as a user drives them: subprocesses, real images where they are, the embedded set elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mmengine")
+ROOT = Path(__file__).resolve().parent.parent
+
+COCO_OPTIONS = (
+    "train_dataloader.dataset.indices=8",
+    "train_dataloader.num_workers=0",
+    "train_dataloader.persistent_workers=False",
+    "train_dataloader.dataset.pipeline.2.scale=(160,128)",
+    "val_dataloader.dataset.indices=4",
+    "val_dataloader.num_workers=0",
+    "val_dataloader.persistent_workers=False",
+    "val_dataloader.dataset.pipeline.1.scale=(160,128)",
+    "test_dataloader.dataset.indices=4",
+    "test_dataloader.num_workers=0",
+    "test_dataloader.persistent_workers=False",
+    "test_dataloader.dataset.pipeline.1.scale=(160,128)",
+    # A detector that has learnt nothing yet outputs nothing above the usual threshold, and then there is no mAP to report.
+    "model.test_cfg.score_thr=0.0",
+    "default_hooks.logger.interval=1",
+)
+
+
+def command(tool: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-W", "ignore", str(ROOT / "tools" / tool), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def call(tool: str, *arguments: object, code: int = 0) -> str:
+    """Run a tool to its end and return all that it printed."""
+    done = subprocess.run(
+        command(tool, *arguments), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    assert done.returncode == code, done.stdout[-4000:]
+    return done.stdout
+
+
+def refusal(tool: str, *arguments: object) -> str:
+    """The one sentence with which a tool refuses."""
+    printed = call(tool, *arguments, code=2)
+    assert "Traceback" not in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def kill_after(tool_command: list[str], ready: Path) -> None:
+    """Start a training, wait for a file, and SIGKILL it and all its workers."""
+    process = subprocess.Popen(
+        tool_command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not ready.exists():
+        assert process.poll() is None, "the training ended before it could be killed"
+        assert time.monotonic() < deadline, f"no {ready.name} after five minutes"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shapes")
+    call("make_shapes.py", "--out", out, "--train", 12, "--val", 4, "--size", 96)
+    return out
+
+
+def test_retinanet_on_real_images_survives_a_kill_and_predicts(shared_data, tmp_path):
+    """configs/retinanet_lf.py on COCO by --cfg-options alone: train, evaluate, save, SIGKILL, resume past a torn file, test, predict."""
+    pytest.importorskip("mmdet")
+    coco = shared_data / "coco_mini"
+    work_dir = tmp_path / "run"
+    arguments = ("configs/retinanet_lf.py", "--work-dir", work_dir, "--cfg-options", f"data_root={coco}", *COCO_OPTIONS)
+    training = command("train.py", *arguments, "train_cfg.max_epochs=3")
+    kill_after(training, work_dir / "epoch_1.pth")
+    assert not (work_dir / "epoch_3.pth").exists()
+
+    whole = (work_dir / "epoch_1.pth").read_bytes()
+    torn = work_dir / "epoch_2.pth"
+    torn.write_bytes(whole[: len(whole) // 2])
+    (work_dir / "last_checkpoint").write_text(str(torn))
+    resumed = call("train.py", "configs/retinanet_lf.py", "--resume", "--work-dir", work_dir, *arguments[3:], "train_cfg.max_epochs=3")
+    assert f"passed over: the checkpoint {torn}" in resumed
+    assert "resumed epoch: 1, iter: 4" in resumed
+    assert re.search(r"Epoch\(train\) +\[2\]\[1/4\]", resumed)
+    assert not re.search(r"Epoch\(train\) +\[1\]", resumed)
+    assert re.search(r"coco/bbox_mAP_50: \d", resumed)
+
+    checkpoint = work_dir / "epoch_3.pth"
+    tested = call(
+        "test.py", "configs/retinanet_lf.py", checkpoint, "--work-dir", tmp_path / "test", "--out", tmp_path / "raw.pkl", *arguments[3:]
+    )
+    assert re.search(r"coco/bbox_mAP_50: \d", tested)
+    assert (tmp_path / "raw.pkl").stat().st_size > 0
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for image in sorted((coco / "val2017").iterdir())[:2]:
+        (images / image.name).symlink_to(image)
+    (images / "broken.jpg").write_bytes(b"this is no picture")
+    out = tmp_path / "out"
+    options = ("--score-thr", 0.0, "--device", "cpu")
+    sentence = refusal("predict.py", "configs/retinanet_lf.py", checkpoint, images, "--out", out, *options)
+    assert "1 of 3 files could not be read as images" in sentence
+    assert "broken.jpg" in sentence
+    result = json.loads((out / "predictions.json").read_text())
+    assert len(result["classes"]) == 80
+    assert len(result["images"]) == 2
+    for name, record in result["images"].items():
+        assert (out / "pictures" / f"{name}.png").stat().st_size > 0
+        assert record["predictions"]
+        for found in record["predictions"]:
+            x1, y1, x2, y2 = found["bbox"]
+            assert 0 <= x1 <= x2 <= record["width"]
+            assert 0 <= y1 <= y2 <= record["height"]
+            assert found["class"] in result["classes"]
+
+    sentence = refusal("test.py", "configs/retinanet_lf_demo.py", checkpoint, "--cfg-options", f"data_root={tmp_path}")
+    assert "data_root" in sentence
+    sentence = refusal("predict.py", "configs/retinanet_lf_demo.py", checkpoint, images, "--out", out)
+    assert "does not fit the config's model" in sentence
+    sentence = refusal("predict.py", "configs/retinanet_lf.py", torn, images, "--out", out)
+    assert "truncated" in sentence
+
+
+def test_demo_in_short_form(tmp_path):
+    pytest.importorskip("mmdet")
+    printed = call("demo.py", "--work-dir", tmp_path, "--epochs", 1)
+    assert "box AP50 on held-out images" in printed
+    for name in ("predictions.png", "curves.png", "predictions/predictions.json"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert len(json.loads((tmp_path / "predictions/predictions.json").read_text())["images"]) == 80
+
+
+SEGMENTATION = """
+_base_ = ["mmseg::_base_/models/fpn_r50.py", "mmseg::_base_/default_runtime.py"]
+custom_imports = dict(imports=["lf_dense"])
+classes = ("background", "disk", "rectangle", "triangle", "star", "ring")
+norm_cfg = dict(type="BN", requires_grad=True)
+model = dict(
+    data_preprocessor=dict(size=(96, 96)),
+    pretrained=None,
+    backbone=dict(_delete_=True, type="LaplacianFormer", arch="tiny"),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+    decode_head=dict(num_classes=6, norm_cfg=norm_cfg),
+)
+load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
+palette = [[40 * i, 255 - 40 * i, 90] for i in range(6)]
+dataset = dict(type="BaseSegDataset", data_root="{data}", img_suffix=".png", metainfo=dict(classes=classes, palette=palette),
+               data_prefix=dict(img_path="train", seg_map_path="semantic/train"), pipeline=[*load, dict(type="PackSegInputs")])
+train_dataloader = dict(batch_size=2, num_workers=0, sampler=dict(type="InfiniteSampler"), dataset=dataset)
+val_dataloader = dict(batch_size=1, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False), dataset=dict(
+    **{{**dataset, "data_prefix": dict(img_path="val", seg_map_path="semantic/val")}}))
+test_dataloader = val_dataloader
+val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+test_evaluator = val_evaluator
+optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-4))
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=3, val_interval=3)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+default_hooks = dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=3))
+"""
+
+CLASSIFICATION = """
+_base_ = ["mmpretrain::_base_/default_runtime.py"]
+custom_imports = dict(imports=["lf_dense"])
+data_preprocessor = dict(num_classes=2, mean=[127.5] * 3, std=[64.0] * 3, to_rgb=True)
+model = dict(type="ImageClassifier", backbone=dict(type="LaplacianFormer", arch="tiny", out_indices=(3,)),
+             neck=dict(type="GlobalAveragePooling"), head=dict(type="LinearClsHead", num_classes=2, in_channels=512, topk=(1,)))
+pipeline = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
+dataset = dict(type="CustomDataset", data_root="{data}", pipeline=pipeline)
+train_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=True), dataset=dataset)
+val_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False), dataset=dataset)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="Accuracy", topk=(1,))
+test_evaluator = val_evaluator
+optim_wrapper = dict(optimizer=dict(type="AdamW", lr=1e-4))
+train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
+"""
+
+
+def test_segmentation_by_the_same_tools(shapes, tmp_path):
+    pytest.importorskip("mmseg")
+    config = tmp_path / "semantic_fpn.py"
+    config.write_text(SEGMENTATION.format(data=shapes))
+    trained = call("train.py", config, "--work-dir", tmp_path / "run")
+    assert re.search(r"mIoU: [\d.]+", trained)
+    checkpoint = tmp_path / "run" / "iter_3.pth"
+    tested = call("test.py", config, checkpoint, "--work-dir", tmp_path / "test", "--show-dir", tmp_path / "drawn")
+    assert re.search(r"mIoU: [\d.]+", tested)
+    assert len(list((tmp_path / "drawn").rglob("*.png"))) == 4
+    out = tmp_path / "out"
+    call("predict.py", config, checkpoint, shapes / "val", "--out", out, "--device", "cpu")
+    result = json.loads((out / "predictions.json").read_text())
+    assert len(result["images"]) == 4
+    for name, record in result["images"].items():
+        assert sum(record["classes"].values()) == pytest.approx(1)
+        assert (out / "labels" / f"{name}.png").is_file()
+        assert (out / "pictures" / f"{name}.png").is_file()
+
+
+def test_classification_by_the_same_tools(shapes, tmp_path):
+    pytest.importorskip("mmpretrain.apis", exc_type=ImportError)
+    data = tmp_path / "folders"
+    for index, image in enumerate(sorted((shapes / "train").iterdir())):
+        folder = data / ("even", "odd")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / image.name).symlink_to(image)
+    config = tmp_path / "classifier.py"
+    config.write_text(CLASSIFICATION.format(data=data))
+    trained = call("train.py", config, "--work-dir", tmp_path / "run")
+    assert "accuracy/top1" in trained
+    checkpoint = tmp_path / "run" / "epoch_1.pth"
+    assert "accuracy/top1" in call("test.py", config, checkpoint, "--work-dir", tmp_path / "test", "--show-dir", tmp_path / "drawn")
+    assert len(list((tmp_path / "drawn").rglob("*.png"))) == 12
+    out = tmp_path / "out"
+    image = sorted((shapes / "val").iterdir())[0]
+    call("predict.py", config, checkpoint, image, "--out", out, "--device", "cpu")
+    (record,) = json.loads((out / "predictions.json").read_text())["images"].values()
+    assert sum(found["score"] for found in record["predictions"]) == pytest.approx(1, abs=1e-5)
+    assert (out / "pictures" / f"{image.name}.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "said"),
+    [
+        ("train.py", ["configs/retinanet_lf.py", "--cfg-options", "data_root=/nowhere"], "/nowhere is not there"),
+        ("train.py", ["configs/no_such.py"], "'configs/no_such.py' is not there"),
+        ("train.py", ["mmdet::no/such.py"], "cannot be read"),
+        ("train.py", ["mmwrong::no/such.py"], "none of mmdet, mmseg, mmpretrain"),
+        ("train.py", ["mmdet::_base_/models/retinanet_r50_fpn.py"], "default_scope is None"),
+        ("test.py", ["configs/retinanet_lf.py", "no_such.pth"], "no_such.pth is not there"),
+        ("predict.py", ["configs/retinanet_lf.py", "no.pth", "no_such_folder", "--out", "x"], "no_such_folder is not there"),
+        ("predict.py", ["configs/retinanet_lf.py", "no.pth", "configs", "--out", "x"], "holds no image"),
+        ("plot_curves.py", ["configs"], "holds no log"),
+        ("make_shapes.py", ["--size", "3"], "64 pixels"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(tool, arguments, said):
+    pytest.importorskip("mmdet")
+    assert said in refusal(tool, *arguments)
+
+
+def test_resume_and_amp_refusals(shapes, tmp_path):
+    pytest.importorskip("mmdet")
+    torch = pytest.importorskip("torch")
+    base = ("configs/retinanet_lf_demo.py", "--work-dir", tmp_path, "--cfg-options", f"data_root={shapes}")
+    assert "there is nothing to resume" in refusal("train.py", *base[:3], "--resume", *base[3:])
+    assert "is not there" in refusal("train.py", *base[:3], "--resume", tmp_path / "gone.pth", *base[3:])
+    (tmp_path / "epoch_1.pth").write_bytes(b"PK\x03\x04 cut off")
+    assert "there is nothing to resume" in refusal("train.py", *base[:3], "--resume", *base[3:])
+    assert "truncated" in refusal("train.py", *base[:3], "--resume", tmp_path / "epoch_1.pth", *base[3:])
+    assert "base_batch_size" in refusal("train.py", *base[:3], "--auto-scale-lr", *base[3:], "auto_scale_lr={}")
+    if not torch.cuda.is_available():
+        assert "--amp needs a GPU" in refusal("train.py", *base[:3], "--amp", *base[3:])
