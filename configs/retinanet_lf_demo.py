@@ -2,7 +2,7 @@
 
 _base_ = ["./retinanet_lf.py"]
 
-classes = ("disk", "rectangle", "triangle", "star", "ring")
+classes = ("disk", "rectangle", "triangle", "ring")
 data_root = "data/shapes/"
 size = (192, 192)
 
@@ -27,7 +27,7 @@ train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="Resize", scale=size, keep_ratio=True),
-    dict(type="RandomFlip", prob=[0.25, 0.25], direction=["horizontal", "vertical"]),
+    dict(type="RandomFlip", prob=0.5),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
@@ -37,7 +37,7 @@ test_pipeline = [
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     batch_sampler=None,
     dataset=dict(
@@ -64,12 +64,12 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + "annotations/instances_val.json")
 test_evaluator = val_evaluator
 
-max_epochs = 24
+max_epochs = 20
 train_cfg = dict(max_epochs=max_epochs, val_interval=4)
 optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=10.0))
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=200),
     dict(type="CosineAnnealingLR", T_max=max_epochs, eta_min=1e-5, convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=4))
-auto_scale_lr = dict(base_batch_size=8)
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=4))
+auto_scale_lr = dict(base_batch_size=4)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
@@ -51,6 +50,15 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Apply ``rotary_table`` to ``(B, N, heads, head_dims)``."""
     cos, signed_sin = (part.to(x.dtype) for part in table)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
+def _pooling_matrix(size: int, cells: int, like: Tensor) -> Tensor:
+    """Rows of adaptive average pooling, ``(cells, size)``: cell i averages from floor(i size / cells) to ceil((i + 1) size / cells)."""
+    cell = torch.arange(cells, device=like.device)
+    first, end = cell * size // cells, ((cell + 1) * size + cells - 1) // cells
+    position = torch.arange(size, device=like.device)
+    inside = (position >= first[:, None]) & (position < end[:, None])
+    return (inside / (end - first)[:, None]).to(like.dtype)
 
 
 def landmark_grid_pair(grid: object) -> tuple[int, int]:
@@ -119,9 +127,14 @@ class LaplacianAttention(nn.Module):
 
     def pool_landmarks(self, q: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Average queries ``(B, N, heads, head_dims)`` over the grid: ``(B, heads, m, head_dims)``."""
-        grid = tuple(min(cells, size) for cells, size in zip(self.landmark_grid, hw_shape))
-        pooled = F.adaptive_avg_pool2d(tokens_to_map(q.flatten(2), hw_shape), grid)
-        return map_to_tokens(pooled).unflatten(2, (self.num_heads, self.head_dims)).transpose(1, 2)
+        (height, width), (batch, _, heads, head_dims) = hw_shape, q.shape
+        rows, columns = (min(cells, size) for cells, size in zip(self.landmark_grid, hw_shape))
+        # Two products in place of adaptive_avg_pool2d, whose gradient on a GPU differs from run to run.
+        over_rows = _pooling_matrix(height, rows, q).expand(batch, rows, height)
+        over_columns = _pooling_matrix(width, columns, q).expand(batch * rows, columns, width)
+        pooled = over_rows @ q.reshape(batch, height, width * heads * head_dims)
+        pooled = over_columns @ pooled.view(batch * rows, width, heads * head_dims)
+        return pooled.view(batch, rows * columns, heads, head_dims).transpose(1, 2)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attend over one map.

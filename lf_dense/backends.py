@@ -11,6 +11,8 @@ import contextvars
 import os
 from collections.abc import Iterator
 
+import torch
+
 BACKENDS = ("auto", "reference", "native")
 ENVIRONMENT_VARIABLE = "LF_DENSE_BACKEND"
 
@@ -56,8 +58,9 @@ def native_obstacle() -> str | None:
     return "this version of lf_dense ships without them"
 
 
+@torch.compiler.assume_constant_result
 def choose_backend(argument: str | None = None) -> str:
-    """Resolve a request to ``"reference"`` or ``"native"``.
+    """Resolve a request to ``"reference"`` or ``"native"``; under torch.compile, once, when the call is traced.
 
     Raises:
         RuntimeError: native was asked for and cannot serve.

@@ -79,7 +79,6 @@ class Predictor:
             check_checkpoint(checkpoint)
         init_default_scope(self.scope)
         model_config = config.model.copy()
-        model_config.pop("init_cfg", None)
         if config.get("data_preprocessor") and "data_preprocessor" not in model_config:
             model_config["data_preprocessor"] = config.data_preprocessor
         # A checkpoint made without a GPU runs where there is none.

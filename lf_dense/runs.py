@@ -169,7 +169,6 @@ def build_testing_runner(
     if show_dir is not None:
         draw_predictions(config, show_dir)
     config.load_from = checkpoint
-    config.model.pop("init_cfg", None)
     runner = build_runner(config)
     loaded = _load_checkpoint(checkpoint, map_location="cpu")
     check_weights_match(runner.model, checkpoint, loaded.get("state_dict", loaded))

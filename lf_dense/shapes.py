@@ -14,9 +14,10 @@ from numpy.random import Generator
 from .checkpoints import write_atomically
 from .errors import UsageError
 
-CLASSES = ("disk", "rectangle", "triangle", "star", "ring")
+CLASSES = ("disk", "rectangle", "triangle", "ring")
+MAX_TILT = math.pi / 9
 BACKGROUND = 0
-MIN_VISIBLE_SHARE = 0.35
+MIN_VISIBLE_SHARE = 0.5
 MIN_VISIBLE_PIXELS = 60
 
 
@@ -28,10 +29,10 @@ def _polygon(corners: list[tuple[float, float]], centre: tuple[float, float], si
 
 
 def _shape_mask(name: str, rng: Generator, size: int) -> np.ndarray:
-    """A boolean mask of one shape; radii spread evenly over the octaves between 5 % and 25 % of the image."""
-    radius = size * 0.05 * 5 ** rng.random()
+    """A boolean mask of one shape; radii spread evenly over the octaves between 7 % and 25 % of the image."""
+    radius = size * 0.07 * (0.25 / 0.07) ** rng.random()
     centre = tuple(rng.uniform(0.6 * radius, size - 0.6 * radius, 2))
-    turn = rng.uniform(0, 2 * math.pi)
+    turn = rng.uniform(-MAX_TILT, MAX_TILT)
     if name in ("disk", "ring"):
         y, x = np.mgrid[:size, :size]
         distance = np.hypot(x - centre[0], y - centre[1])
@@ -39,10 +40,8 @@ def _shape_mask(name: str, rng: Generator, size: int) -> np.ndarray:
     if name == "rectangle":
         aspect = math.atan(rng.uniform(0.5, 1.0))
         angles, lengths = [aspect, math.pi - aspect, math.pi + aspect, -aspect], [radius] * 4
-    elif name == "triangle":
-        angles, lengths = [2 * math.pi * i / 3 for i in range(3)], [radius] * 3
     else:
-        angles, lengths = [math.pi * i / 5 for i in range(10)], [radius, 0.42 * radius] * 5
+        angles, lengths = [2 * math.pi * i / 3 - math.pi / 2 for i in range(3)], [radius] * 3
     corners = [(length * math.cos(angle + turn), length * math.sin(angle + turn)) for angle, length in zip(angles, lengths)]
     return _polygon(corners, centre, size)
 
@@ -66,8 +65,7 @@ def _texture(rng: Generator, size: int) -> np.ndarray:
 def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]], np.ndarray]:
     """One image ``(size, size, 3)`` uint8 RGB, its visible ``(class, mask)`` pairs, and its label map (0 = background).
 
-    A shape of which less than about a third stays visible is taken out of the picture altogether, so that what is drawn is
-    what is annotated.
+    A shape that would leave less than half of another visible is not drawn.
     """
     shapes: list[tuple[int, np.ndarray, int]] = []
     for _ in range(rng.integers(3, 9)):

@@ -151,17 +151,17 @@ def test_demo_in_short_form(tmp_path):
 SEGMENTATION = """
 _base_ = ["mmseg::_base_/models/fpn_r50.py", "mmseg::_base_/default_runtime.py"]
 custom_imports = dict(imports=["lf_dense"])
-classes = ("background", "disk", "rectangle", "triangle", "star", "ring")
+classes = ("background", "disk", "rectangle", "triangle", "ring")
 norm_cfg = dict(type="BN", requires_grad=True)
 model = dict(
     data_preprocessor=dict(size=(96, 96)),
     pretrained=None,
     backbone=dict(_delete_=True, type="LaplacianFormer", arch="tiny"),
     neck=dict(in_channels=[64, 128, 320, 512]),
-    decode_head=dict(num_classes=6, norm_cfg=norm_cfg),
+    decode_head=dict(num_classes=5, norm_cfg=norm_cfg),
 )
 load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
-palette = [[40 * i, 255 - 40 * i, 90] for i in range(6)]
+palette = [[40 * i, 255 - 40 * i, 90] for i in range(5)]
 dataset = dict(type="BaseSegDataset", data_root="{data}", img_suffix=".png", metainfo=dict(classes=classes, palette=palette),
                data_prefix=dict(img_path="train", seg_map_path="semantic/train"), pipeline=[*load, dict(type="PackSegInputs")])
 train_dataloader = dict(batch_size=2, num_workers=0, sampler=dict(type="InfiniteSampler"), dataset=dataset)
