@@ -68,7 +68,7 @@ def main() -> None:
     )
     step(
         "predict the held-out images as if they were new",
-        *("tools/predict.py", CONFIG, checkpoint, str(data / "val"), "--out", str(work_dir / "predictions")),
+        *("tools/predict.py", CONFIG, checkpoint, str(data / "val"), "--out", str(work_dir / "predictions"), "--score-thr", "0.5"),
     )
     step("draw the curves", "tools/plot_curves.py", str(train_dir), "--out", str(work_dir / "curves.png"), "--metric", METRIC)
 

@@ -48,7 +48,9 @@ def main() -> None:
     models = {f"LaplacianFormer-{args.arch}": LaplacianFormer(args.arch), **(build_peers() if args.peers else {})}
     times: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
-        model.eval().to(args.device)(image)
+        # Some of mmdet's backbones return nothing from eval().
+        model.eval()
+        model.to(args.device)(image)
     # In turn, so that a machine that slows down slows all of them.
     for _ in range(args.repeat):
         for name, model in models.items():
