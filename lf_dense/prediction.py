@@ -102,10 +102,11 @@ class Predictor:
     def draw(self, name: str, pixels: np.ndarray, sample: BaseDataElement, out: Path, score_thr: float) -> None:
         """Draw a prediction over its image ``(H, W, 3)`` uint8 RGB and write the picture."""
         out.parent.mkdir(parents=True, exist_ok=True)
-        options = {"mmdet": {"draw_gt": False, "pred_score_thr": score_thr}, "mmseg": {"draw_gt": False}}.get(self.scope, {})
         if self.scope == "mmpretrain":
-            sample.set_field(list(self.meta["classes"]), "classes", field_type="metainfo")
-        self.visualizer.add_datasample(name, pixels, sample, out_file=str(out), **options)
+            self.visualizer.visualize_cls(pixels, sample, classes=list(self.meta["classes"]), draw_gt=False, out_file=str(out))
+            return
+        options = {"pred_score_thr": score_thr} if self.scope == "mmdet" else {}
+        self.visualizer.add_datasample(name, pixels, sample, draw_gt=False, out_file=str(out), **options)
 
     def record(self, sample: BaseDataElement, score_thr: float) -> dict[str, Any]:
         """A prediction as plain JSON values.
@@ -169,13 +170,14 @@ def predict_images(predictor: Predictor, source: str | Path, out: str | Path, sc
         bar.start()
     for image in images:
         name = image.relative_to(root)
-        pixels = mmcv.imread(str(image), channel_order="rgb")
+        # In its own order an undecodable file is None; converting to RGB on the way would be an error of OpenCV's.
+        pixels = mmcv.imread(str(image))
         if pixels is None:
             unreadable.append(str(image))
         else:
             sample = predictor.predict(image)
             # The suffix stays in the name: a.jpg and a.png are two images.
-            predictor.draw(image.name, pixels, sample, out / "pictures" / f"{name}.png", score_thr)
+            predictor.draw(image.name, mmcv.bgr2rgb(pixels), sample, out / "pictures" / f"{name}.png", score_thr)
             height, width = sample.ori_shape
             records[name.as_posix()] = {"height": height, "width": width, **predictor.record(sample, score_thr)}
             if "pred_sem_seg" in sample:

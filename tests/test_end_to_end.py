@@ -115,7 +115,7 @@ def test_retinanet_on_real_images_survives_a_kill_and_predicts(shared_data, tmp_
         (images / image.name).symlink_to(image)
     (images / "broken.jpg").write_bytes(b"this is no picture")
     out = tmp_path / "out"
-    options = ("--score-thr", 0.0, "--device", "cpu")
+    options = ("--score-thr", 0.0, "--device", "cpu", "--cfg-options", "model.test_cfg.score_thr=0.0")
     sentence = refusal("predict.py", "configs/retinanet_lf.py", checkpoint, images, "--out", out, *options)
     assert "1 of 3 files could not be read as images" in sentence
     assert "broken.jpg" in sentence
@@ -135,7 +135,9 @@ def test_retinanet_on_real_images_survives_a_kill_and_predicts(shared_data, tmp_
     assert "data_root" in sentence
     sentence = refusal("predict.py", "configs/retinanet_lf_demo.py", checkpoint, images, "--out", out)
     assert "does not fit the config's model" in sentence
-    sentence = refusal("predict.py", "configs/retinanet_lf.py", torn, images, "--out", out)
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(whole[:-100])
+    sentence = refusal("predict.py", "configs/retinanet_lf.py", cut, images, "--out", out)
     assert "truncated" in sentence
 
 
