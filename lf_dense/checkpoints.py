@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
 from torch import nn
 
 from .errors import UsageError
@@ -102,23 +103,25 @@ def latest_good_checkpoint(work_dir: str | Path) -> str:
     raise UsageError(f"there is nothing to resume in {work_dir}: no readable epoch_*.pth or iter_*.pth; start without --resume.")
 
 
-def check_weights_match(model: nn.Module, checkpoint: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Make sure that a checkpoint holds every parameter and buffer of a model, in its shape.
+def load_weights(model: nn.Module, checkpoint: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Load a checkpoint that has to cover every parameter and buffer of a model.
+
+    The model's own hooks for old or resized weights run first, and a wrapper for distributed data is looked through.
 
     Raises:
-        UsageError: something is missing or has another shape; the first three are named.
+        UsageError: something is missing or has another shape; the first few are named.
     """
+    if is_model_wrapper(model):
+        model = model.module
     state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    own = model.state_dict()
-    problems = [f"{name} (missing)" for name in own if name not in state_dict]
-    problems += [
-        f"{name} ({tuple(state_dict[name].shape)} for {tuple(value.shape)})"
-        for name, value in own.items()
-        if name in state_dict and state_dict[name].shape != value.shape
-    ]
+    try:
+        problems = [f"{name} (missing)" for name in model.load_state_dict(state_dict, strict=False).missing_keys]
+    except RuntimeError as error:
+        # torch reports each tensor of another shape on a line of its own, below a first line about all of them.
+        problems = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UsageError(
-            f"the checkpoint {checkpoint} does not fit the config's model, {len(problems)} of {len(own)} tensors: "
+            f"the checkpoint {checkpoint} does not fit the config's model, {len(problems)} of {len(model.state_dict())} tensors: "
             f"{', '.join(problems[:3])}{more}; use the config that it was trained with."
         )

@@ -15,10 +15,10 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
-from mmengine.runner.checkpoint import _load_checkpoint, _load_checkpoint_to_model
+from mmengine.runner.checkpoint import _load_checkpoint
 from mmengine.structures import BaseDataElement
 
-from .checkpoints import check_checkpoint, check_weights_match, is_remote, write_atomically
+from .checkpoints import check_checkpoint, is_remote, load_weights, write_atomically
 from .errors import UsageError
 from .frameworks import datasets_of, framework_of
 
@@ -42,11 +42,17 @@ def find_images(path: str | Path) -> list[Path]:
     return images
 
 
+def _type_name(step: dict[str, Any]) -> str:
+    """A transform's name, whether the config gives it as a string or, in mmengine's pure Python style, as the class."""
+    return step["type"] if isinstance(step["type"], str) else step["type"].__name__
+
+
 def _image_pipeline(config: Config) -> Compose:
     """The test pipeline without annotations, reading files."""
     (_, dataset), *_ = datasets_of(config, ("test",))
-    steps = [step for step in dataset["pipeline"] if "Annotations" not in step["type"]]
-    steps[0] = {"type": "LoadImageFromFile"}
+    steps = [step for step in dataset["pipeline"] if "Annotations" not in _type_name(step)]
+    if "LoadImageFromFile" not in _type_name(steps[0]):
+        steps[0] = {"type": "LoadImageFromFile"}
     return Compose(steps)
 
 
@@ -84,8 +90,7 @@ class Predictor:
         # A checkpoint made without a GPU runs where there is none.
         self.model = revert_sync_batchnorm(MODELS.build(model_config))
         loaded = _load_checkpoint(checkpoint, map_location="cpu")
-        check_weights_match(self.model, checkpoint, loaded.get("state_dict", loaded))
-        _load_checkpoint_to_model(self.model, loaded)
+        load_weights(self.model, checkpoint, loaded.get("state_dict", loaded))
         self.model.to(device).eval()
         self.meta = _dataset_meta(config, loaded, checkpoint)
         self.pipeline = _image_pipeline(config)

@@ -11,7 +11,7 @@ from mmengine.fileio import get_file_backend
 from torch import nn
 
 from lf_dense import checkpoints
-from lf_dense.checkpoints import check_checkpoint, check_weights_match, latest_good_checkpoint, write_atomically
+from lf_dense.checkpoints import check_checkpoint, latest_good_checkpoint, load_weights, write_atomically
 from lf_dense.errors import UsageError
 from lf_dense.runs import keep_previous_checkpoint
 
@@ -97,14 +97,37 @@ def test_mmengine_writes_through_the_atomic_backend(tmp_path, monkeypatch):
     assert written == [(path, b"content")]
 
 
+class Wrapped(nn.Module):
+    """As mmengine's wrapper for distributed data names things."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_weights_arrive(monkeypatch, prefix, wrapped):
+    monkeypatch.setattr(checkpoints, "is_model_wrapper", lambda model: isinstance(model, Wrapped))
+    model, source = nn.Linear(2, 3), nn.Linear(2, 3)
+    load_weights(Wrapped(model) if wrapped else model, "x.pth", {prefix + k: v for k, v in source.state_dict().items()})
+    assert torch.equal(model.weight, source.weight)
+    assert torch.equal(model.bias, source.bias)
+
+
 def test_weights_have_to_fit():
     model = nn.Linear(2, 3)
-    check_weights_match(model, "x.pth", model.state_dict())
-    check_weights_match(model, "x.pth", {f"module.{k}": v for k, v in model.state_dict().items()})
     with pytest.raises(UsageError, match=r"1 of 2 tensors: bias \(missing\)"):
-        check_weights_match(model, "x.pth", {"weight": model.weight})
-    with pytest.raises(UsageError, match=r"weight \(\(3, 3\) for \(3, 2\)\)"):
-        check_weights_match(model, "x.pth", {"weight": torch.zeros(3, 3), "bias": model.bias})
+        load_weights(model, "x.pth", {"weight": model.weight})
+    with pytest.raises(UsageError, match=r"1 of 2 tensors: size mismatch for weight.*\[3, 3\].*\[3, 2\]"):
+        load_weights(model, "x.pth", {"weight": torch.zeros(3, 3), "bias": model.bias})
+
+
+def test_a_models_own_conversion_of_old_weights_runs_first():
+    model = nn.Linear(2, 3)
+    model.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: state.update(weight=state.pop("old_weight")))
+    load_weights(model, "x.pth", {"old_weight": torch.ones(3, 2), "bias": torch.zeros(3)})
+    assert torch.equal(model.weight, torch.ones(3, 2))
 
 
 def test_one_kept_checkpoint_becomes_two():
