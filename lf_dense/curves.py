@@ -37,23 +37,28 @@ def plot_curves(work_dir: str | Path, out: str | Path, metric: str) -> Path:
     from matplotlib.figure import Figure
 
     records = read_scalars(work_dir)
-    losses: list[tuple[int, float]] = []
-    scores: list[tuple[int, float]] = []
+    # By iteration: what a resumed run did again replaces what it had logged before the interruption.
+    losses: dict[int, float] = {}
+    scores: dict[int, float] = {}
+    iteration = 0
     for record in records:
         if "loss" in record:
-            losses.append((record["iter"], record["loss"]))
-        elif metric in record and losses:
-            scores.append((losses[-1][0], record[metric]))
+            iteration = record["iter"]
+            losses[iteration] = record["loss"]
+        elif metric in record:
+            scores[iteration] = record[metric]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(*zip(*losses), color="tab:blue", label="training loss")
+    if not losses:
+        raise UsageError(f"{work_dir} holds no training log: give the work dir of a training run, not of a test.")
+    axes.plot(*zip(*sorted(losses.items())), color="tab:blue", label="training loss")
     axes.set(xlabel="iteration", ylabel="training loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     if scores:
         right = axes.twinx()
-        right.plot(*zip(*scores), color="tab:orange", marker="o", label=metric)
+        right.plot(*zip(*sorted(scores.items())), color="tab:orange", marker="o", label=metric)
         right.set(ylabel=metric, ylim=(0, 1))
         more_handles, more_labels = right.get_legend_handles_labels()
         handles, labels = handles + more_handles, labels + more_labels

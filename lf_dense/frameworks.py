@@ -176,7 +176,8 @@ def check_data(config: Config, splits: tuple[str, ...]) -> None:
 
     for key, dataset in datasets_of(config, splits):
         root = dataset.get("data_root") or ""
-        if root:
+        # A set that is told nothing but its root, like mmpretrain's CIFAR10, may fetch itself into it.
+        if root and (dataset.get("ann_file") or dataset.get("data_prefix")):
             check(f"{key}.data_root", _local(root))
         if isinstance(dataset.get("ann_file"), str) and dataset["ann_file"]:
             check(f"{key}.ann_file", _local(root, dataset["ann_file"]))

@@ -22,14 +22,16 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def check_kernel_scale(scale: float) -> None:
     """Raise ValueError unless the kernel's scale is a positive finite number."""
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"the kernel scale is {scale}, and has to be a positive finite number (the paper's is 4.0).")
+    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
+        raise ValueError(f"the kernel scale is {scale!r}, and has to be a positive finite number (the paper's is 4.0).")
 
 
 def check_solver(iters: int, eps: float) -> None:
     """Raise ValueError unless the solver has at least one step and a positive finite ridge."""
-    if iters < 1:
-        raise ValueError(f"the solver got {iters} iterations, and needs at least 1 (10 converge for every input up to 196 landmarks).")
+    if not isinstance(iters, int) or iters < 1:
+        raise ValueError(
+            f"the solver got {iters!r} iterations, and needs a whole number, at least 1 (10 converge for every input up to 196 landmarks)."
+        )
     if not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"the solver's eps is {eps}, and has to be a positive finite number: without it a blank image has no inverse.")
 

@@ -153,7 +153,8 @@ class LaplacianFormer(BaseModule):
         arch: ``"tiny"``, ``"small"``, ``"medium"``, ``"large"``, ``"huge"``, or a dict with ``embed_dims``, ``depths``,
             ``num_heads`` and ``mlp_ratios``, four integers each. Depths above tiny are reconstructed from published counts.
         in_channels: channels of the image.
-        out_indices: the stages whose maps are returned, each 0 to 3, increasing.
+        out_indices: the stages whose maps are returned, each 0 to 3, increasing. Stages after the last are not run and take no
+            gradient.
         frozen_stages: -1 freezes nothing, 0 the first patch embedding, k in 1..4 the stages 1..k whole (no gradient, eval mode).
         norm_eval: keep norm layers in eval mode. LayerNorm has no running statistics, so nothing changes in the outputs; the
             argument is there for configs that set it for whichever backbone they have.
@@ -232,6 +233,8 @@ class LaplacianFormer(BaseModule):
                 in_channels if first else self.embed_dims[index - 1], dims, kernel_size=7 if first else 3, stride=4 if first else 2
             )
             self.stages.append(LaplacianStage(patch_embed, blocks, dims, with_cp))
+        # What no output depends on would stop a distributed run for want of gradients; it stays, so that weights fit.
+        self.stages[self.out_indices[-1] + 1 :].requires_grad_(False)
         self._default_init()
         self._freeze_stages()
 

@@ -97,20 +97,19 @@ def test_mmengine_writes_through_the_atomic_backend(tmp_path, monkeypatch):
     assert written == [(path, b"content")]
 
 
-class Wrapped(nn.Module):
-    """As mmengine's wrapper for distributed data names things."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_weights_arrive(monkeypatch, prefix, wrapped):
-    monkeypatch.setattr(checkpoints, "is_model_wrapper", lambda model: isinstance(model, Wrapped))
+def test_weights_arrive(process_group, prefix, wrapped):
     model, source = nn.Linear(2, 3), nn.Linear(2, 3)
-    load_weights(Wrapped(model) if wrapped else model, "x.pth", {prefix + k: v for k, v in source.state_dict().items()})
+    target = nn.parallel.DistributedDataParallel(model) if wrapped else model
+    load_weights(target, "x.pth", {prefix + k: v for k, v in source.state_dict().items()})
     assert torch.equal(model.weight, source.weight)
     assert torch.equal(model.bias, source.bias)
 

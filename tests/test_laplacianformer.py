@@ -371,3 +371,12 @@ def test_bad_images(shape, message):
 def test_images_of_bytes():
     with pytest.raises(TypeError, match=r"torch\.uint8.*floating point"):
         small()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_stages_that_are_not_run_take_no_gradient():
+    net = small(out_indices=(0, 1)).train()
+    loss_of(net(torch.randn(1, 3, 64, 64))).backward()
+    for name, parameter in net.named_parameters():
+        used = int(name.split(".")[1]) <= 1
+        assert parameter.requires_grad == used
+        assert (parameter.grad is not None) == used, name

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -54,6 +55,9 @@ def main() -> None:
     started = time.monotonic()
     work_dir = (Path.cwd() / args.work_dir).resolve()
     data, train_dir, test_dir, drawn = (work_dir / name for name in ("data", "train", "test", "drawn"))
+    # An earlier demo's logs would be drawn into this one's curves.
+    for folder in (train_dir, test_dir, drawn, work_dir / "predictions"):
+        shutil.rmtree(folder, ignore_errors=True)
     options = [f"data_root={data}"]
     if args.epochs:
         # Evaluated at the end at least, and with a checkpoint to evaluate.
