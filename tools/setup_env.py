@@ -1,7 +1,8 @@
 """Create the pinned development environment in a virtual environment, step by step.
 
 Needs nothing but the standard library. Every step is recorded in ``<venv>/setup/`` once it has succeeded, keyed by what it
-installs, so a second call does nothing, an interrupted one goes on where it stopped, and a changed pin reruns from there.
+and the steps before it install: a second call does nothing, an interrupted one goes on where it stopped, and a changed pin reruns
+its step and all that follow.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import venv
@@ -22,6 +25,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 MIN_PYTHON = (3, 11)
+# torchvision 0.16.2, the last to import beside a CPU-only torch of another version, has no wheel for newer ones.
+CPU_TORCH_MAX_PYTHON = (3, 11)
 HEARTBEAT_SECONDS = 30
 
 
@@ -48,6 +53,8 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
         return steps
     vision = "torchvision-cuda" if torch_has_cuda else "torchvision-cpu"
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+    # Where a GPU is visible mmcv builds for it, which takes nvcc; without nvcc it can be built for the CPU alone.
+    hidden_gpus = {} if shutil.which("nvcc") else {"CUDA_VISIBLE_DEVICES": ""}
     return [
         *steps,
         Step("libraries", requirement_args("libs"), "import cv2, scipy, matplotlib, pycocotools"),
@@ -56,9 +63,10 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
         # A plain install would build without torch, yield a wheel with no operators, and cache it.
         Step(
             "mmcv, compiling its operators (about 6 minutes on 2 cores)",
-            ["--no-cache-dir", "--no-deps", "--no-build-isolation", *requirement_args("mmcv")],
+            # Forced: the same mmcv compiled against another torch, or without operators, counts as installed for pip.
+            ["--no-cache-dir", "--no-deps", "--no-build-isolation", "--force-reinstall", *requirement_args("mmcv")],
             "import mmcv.ops, mmdet.apis, mmseg.apis, mmpretrain.apis",
-            {"MAX_JOBS": jobs, "CFLAGS": "-O1 -g0 -w"},
+            {"MAX_JOBS": jobs, "CFLAGS": "-O1 -g0 -w", **hidden_gpus},
         ),
         Step("test and lint tools", requirement_args("dev"), "import pytest, hypothesis"),
         Step(
@@ -69,15 +77,15 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
     ]
 
 
-def stamp_path(setup_dir: Path, step: Step) -> Path:
-    """File whose presence says that this very step is done: its name covers the arguments and the pins they read."""
-    content = " ".join(step.pip_args).encode()
+def fingerprint(previous: str, step: Step) -> str:
+    """Identify a step by its arguments, the pins they read, and the fingerprint of the step before it."""
+    content = f"{previous} {' '.join(step.pip_args)}".encode()
     for arg in step.pip_args:
         if arg.endswith(".txt"):
             content += Path(arg).read_bytes()
         elif arg == str(ROOT):
             content += (ROOT / "pyproject.toml").read_bytes() + (ROOT / "setup.py").read_bytes()
-    return setup_dir / f"{hashlib.sha256(content).hexdigest()[:16]}.done"
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def run_logged(command: list[str], log: Path, environment: Mapping[str, str]) -> int:
@@ -113,43 +121,69 @@ def torch_has_cuda(python: Path) -> bool | None:
     return None if found.returncode else found.stdout.strip() == "True"
 
 
-def run_step(step: Step, label: str, python: Path, setup_dir: Path) -> None:
-    stamp = stamp_path(setup_dir, step)
-    if stamp.exists():
-        return
-    print(f"[{label}] {step.title}", flush=True)
+def run_steps(steps: list[Step], total: int, python: Path, setup_dir: Path) -> None:
+    """Run what is not done yet, in order; those done are told by their stamps."""
+    key = ""
     log = setup_dir / "setup.log"
-    started = time.monotonic()
-    if run_logged([str(python), "-m", "pip", "install", *step.pip_args], log, step.environment):
-        fail(step, log)
-    # -P: the checkout's own folders must not stand in for what is installed.
-    if run_logged([str(python), "-P", "-W", "ignore", "-c", step.proof], log, {}):
-        fail(step, log)
-    stamp.touch()
-    print(f"      done in {time.monotonic() - started:.0f} s", flush=True)
+    for number, step in enumerate(steps, 1):
+        key = fingerprint(key, step)
+        stamp = setup_dir / f"{key}.done"
+        if stamp.exists():
+            continue
+        print(f"[{number}/{total}] {step.title}", flush=True)
+        started = time.monotonic()
+        if run_logged([str(python), "-m", "pip", "install", *step.pip_args], log, step.environment):
+            fail(step, log)
+        # -P: the checkout's own folders must not stand in for what is installed.
+        if run_logged([str(python), "-P", "-W", "ignore", "-c", step.proof], log, {}):
+            fail(step, log)
+        stamp.touch()
+        print(f"      done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def check_machine() -> None:
+    """End with one sentence where the compile would fail minutes later for want of something."""
+    version = sys.version_info[:2]
+    if version < MIN_PYTHON:
+        wanted = ".".join(map(str, MIN_PYTHON))
+        sys.exit(f"setup needs Python {wanted} or newer, and this is {sys.version.split()[0]}: call make with PYTHON=python{wanted}.")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        sys.exit("setup compiles mmcv, which needs Python's headers, and Python.h is not there: install python3-dev (python3-devel).")
+    if not shutil.which(os.environ.get("CXX", "g++").split()[0]):
+        sys.exit("setup compiles mmcv, which needs a C++ compiler, and there is none: install g++, or name one in CXX.")
+
+
+def create_environment(folder: Path) -> Path:
+    """The environment's interpreter; one that has no working pip, from an interrupted creation, is made anew."""
+    python = folder / "bin" / "python"
+    if python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0:
+        return python
+    print(f"creating {folder}", flush=True)
+    try:
+        venv.EnvBuilder(with_pip=True, clear=True).create(folder)
+    except subprocess.CalledProcessError:
+        sys.exit(f"setup could not create {folder}: Python's venv module lacks its part of pip; install python3-venv and run this again.")
+    return python
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the virtual environment to create or complete")
     args = parser.parse_args()
-    if sys.version_info < MIN_PYTHON:
-        wanted = ".".join(map(str, MIN_PYTHON))
-        sys.exit(f"setup needs Python {wanted} or newer, and this is {sys.version.split()[0]}: call make with PYTHON=python{wanted}.")
-
-    python = args.venv / "bin" / "python"
-    if not python.exists():
-        print(f"creating {args.venv}", flush=True)
-        venv.EnvBuilder(with_pip=True).create(args.venv)
+    check_machine()
+    python = create_environment(args.venv)
     setup_dir = args.venv / "setup"
     setup_dir.mkdir(exist_ok=True)
-
-    first = plan(None)
     total = len(plan(False))
-    for number, step in enumerate(first, 1):
-        run_step(step, f"{number}/{total}", python, setup_dir)
-    for number, step in enumerate(plan(torch_has_cuda(python))[len(first) :], len(first) + 1):
-        run_step(step, f"{number}/{total}", python, setup_dir)
+    run_steps(plan(None), total, python, setup_dir)
+    has_cuda = torch_has_cuda(python)
+    if not has_cuda and sys.version_info[:2] > CPU_TORCH_MAX_PYTHON:
+        newest = ".".join(map(str, CPU_TORCH_MAX_PYTHON))
+        sys.exit(
+            f"setup found a CPU-only torch on Python {sys.version.split()[0]}, for which there is no torchvision that imports "
+            f"beside it: call make with PYTHON=python{newest} after removing {args.venv}."
+        )
+    run_steps(plan(has_cuda), total, python, setup_dir)
     print(f"environment ready: {args.venv}")
 
 
