@@ -103,6 +103,12 @@ def latest_good_checkpoint(work_dir: str | Path) -> str:
     raise UsageError(f"there is nothing to resume in {work_dir}: no readable epoch_*.pth or iter_*.pth; start without --resume.")
 
 
+def remove_leftovers(work_dir: str | Path) -> None:
+    """Delete what writes that were killed midway left of checkpoints; call it where no other process writes there."""
+    for path in Path(work_dir).glob(".*.pth.*"):
+        path.unlink(missing_ok=True)
+
+
 def load_weights(model: nn.Module, checkpoint: str, state_dict: dict[str, torch.Tensor]) -> None:
     """Load a checkpoint that has to cover every parameter and buffer of a model.
 

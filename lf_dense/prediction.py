@@ -164,9 +164,10 @@ def predict_images(predictor: Predictor, source: str | Path, out: str | Path, sc
     import mmcv
     from PIL import Image
 
-    images = find_images(source)
-    root = Path(source) if Path(source).is_dir() else Path(source).parent
     out = Path(out)
+    # Results of an earlier call below the source are no input.
+    images = [image for image in find_images(source) if out.resolve() not in image.resolve().parents]
+    root = Path(source) if Path(source).is_dir() else Path(source).parent
     records: dict[str, Any] = {}
     unreadable: list[str] = []
     # A bar of many lines is no bar: one line of it in a terminal, and none in a log.

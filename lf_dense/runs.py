@@ -12,7 +12,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
 
-from .checkpoints import check_checkpoint, is_remote, latest_good_checkpoint, load_weights, write_checkpoints_atomically
+from .checkpoints import check_checkpoint, is_remote, latest_good_checkpoint, load_weights, remove_leftovers, write_checkpoints_atomically
 from .errors import UsageError
 from .frameworks import check_data, framework_of
 
@@ -61,6 +61,7 @@ def set_resume(config: Config, resume: str) -> None:
     """
     if resume == AUTO:
         resume = latest_good_checkpoint(config.work_dir)
+        remove_leftovers(config.work_dir)
     elif not is_remote(resume):
         check_checkpoint(resume)
     config.resume = True
