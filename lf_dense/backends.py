@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import logging
 import os
 from collections.abc import Iterator
 
 import torch
 
+from . import native
+
 BACKENDS = ("auto", "reference", "native")
 ENVIRONMENT_VARIABLE = "LF_DENSE_BACKEND"
 
+_logger = logging.getLogger("lf_dense")
 _in_block: contextvars.ContextVar[str | None] = contextvars.ContextVar("lf_dense_backend", default=None)
 
 
@@ -53,14 +58,21 @@ def use_backend(name: str) -> Iterator[None]:
         _in_block.reset(token)
 
 
-def native_obstacle() -> str | None:
-    """Why the native operators cannot serve, in one clause; None where they can."""
-    return "this version of lf_dense ships without them"
+@functools.cache
+def _log_once(obstacle: str) -> None:
+    _logger.warning("lf_dense runs its plain PyTorch reference in place of the native operators, since %s.", obstacle)
+
+
+def native_obstacle(device: torch.device, head_dims: int | None = None) -> str | None:
+    """Why the native operators cannot serve tensors on ``device`` with ``head_dims`` channels a point; None where they can."""
+    return native.obstacle(device, head_dims)
 
 
 @torch.compiler.assume_constant_result
-def choose_backend(argument: str | None = None) -> str:
+def choose_backend(argument: str | None, device: torch.device, head_dims: int | None = None) -> str:
     """Resolve a request to ``"reference"`` or ``"native"``; under torch.compile, once, when the call is traced.
+
+    ``"auto"`` that finds the native operators unable to serve logs the reason, once.
 
     Raises:
         RuntimeError: native was asked for and cannot serve.
@@ -69,9 +81,10 @@ def choose_backend(argument: str | None = None) -> str:
     requested = requested_backend(argument)
     if requested == "reference":
         return "reference"
-    obstacle = native_obstacle()
+    obstacle = native_obstacle(device, head_dims)
     if obstacle is None:
         return "native"
     if requested == "native":
         raise RuntimeError(f"the native operators cannot serve this call, since {obstacle}: use the backend 'auto' or 'reference'.")
+    _log_once(obstacle)
     return "reference"

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import reference
+from . import native, reference
 from .backends import choose_backend
 
 __all__ = ["NORMALIZATIONS", "laplacian_attention", "laplacian_kernel", "newton_schulz_inverse"]
@@ -42,16 +42,22 @@ def check_normalization(normalization: str) -> None:
         raise ValueError(f"the normalization {normalization!r} does not exist: use one of {', '.join(NORMALIZATIONS)}.")
 
 
-def _check_tensors(**tensors: Tensor) -> None:
+def _checked_tensors(**tensors: Tensor) -> list[Tensor]:
+    """The tensors, of one dtype and device; under autocast mixed dtypes meet in the widest."""
     (first_name, first), *others = tensors.items()
     if first.dtype not in DTYPES:
         raise TypeError(f"{first_name} is {first.dtype}, and has to be one of {', '.join(map(str, DTYPES))}.")
+    if torch.is_autocast_enabled(first.device.type) and all(tensor.dtype in DTYPES for tensor in tensors.values()):
+        dtype = reference.common_dtype(*tensors.values())
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        (_, first), *others = tensors.items()
     for name, tensor in others:
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise TypeError(
                 f"{name} is {tensor.dtype} on {tensor.device} and {first_name} is {first.dtype} on {first.device}: "
                 "convert them to one dtype and one device."
             )
+    return list(tensors.values())
 
 
 def laplacian_kernel(x: Tensor, y: Tensor, scale: float = 4.0, *, backend: str | None = None) -> Tensor:
@@ -72,12 +78,12 @@ def laplacian_kernel(x: Tensor, y: Tensor, scale: float = 4.0, *, backend: str |
         ValueError: shapes do not fit, or ``scale`` is not a positive finite number.
         RuntimeError: ``backend="native"`` cannot serve.
     """
-    _check_tensors(x=x, y=y)
+    x, y = _checked_tensors(x=x, y=y)
     if x.ndim < 2 or x.ndim != y.ndim or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
         raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: they have to be (..., N, d) and (..., M, d).")
     check_kernel_scale(scale)
-    choose_backend(backend)
-    return reference.laplacian_kernel(x, y, scale)
+    implementation = native if choose_backend(backend, x.device, x.shape[-1]) == "native" else reference
+    return implementation.laplacian_kernel(x, y, scale)
 
 
 def newton_schulz_inverse(w: Tensor, iters: int = 10, eps: float = 1e-2, *, backend: str | None = None) -> Tensor:
@@ -99,12 +105,12 @@ def newton_schulz_inverse(w: Tensor, iters: int = 10, eps: float = 1e-2, *, back
         ValueError: ``w`` is not square, or ``iters`` or ``eps`` is out of range.
         RuntimeError: ``backend="native"`` cannot serve.
     """
-    _check_tensors(w=w)
+    (w,) = _checked_tensors(w=w)
     if w.ndim < 2 or w.shape[-1] != w.shape[-2] or w.shape[-1] == 0:
         raise ValueError(f"w has shape {tuple(w.shape)}, and has to be (..., m, m) with m at least 1.")
     check_solver(iters, eps)
-    choose_backend(backend)
-    return reference.newton_schulz_inverse(w, iters, eps)
+    implementation = native if choose_backend(backend, w.device) == "native" else reference
+    return implementation.newton_schulz_inverse(w, iters, eps)
 
 
 def laplacian_attention(
@@ -153,7 +159,7 @@ def laplacian_attention(
         ValueError: shapes do not fit or a constant is out of range.
         RuntimeError: ``backend="native"`` cannot serve.
     """
-    _check_tensors(q=q, k=k, v=v, landmarks=landmarks)
+    q, k, v, landmarks = _checked_tensors(q=q, k=k, v=v, landmarks=landmarks)
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or q.shape[2] == 0:
         raise ValueError(
             f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}: "
@@ -171,5 +177,11 @@ def laplacian_attention(
         raise ValueError(f"tau is {tau}, and has to be a finite number, 0 or larger.")
     if not (math.isfinite(delta) and delta > 0):
         raise ValueError(f"delta is {delta}, and has to be a positive finite number.")
-    choose_backend(backend)
-    return reference.laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau, delta, normalization)
+    if choose_backend(backend, q.device, q.shape[-1]) == "reference":
+        return reference.laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau, delta, normalization)
+    if normalization == "mass":
+        return native.laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)
+    # Whitening composes the kernel, the solver and matrix products, on either backend.
+    return reference.laplacian_attention(
+        q, k, v, landmarks, scale, iters, eps, tau, delta, normalization, native.laplacian_kernel, native.newton_schulz_inverse
+    )

@@ -8,6 +8,8 @@ Arguments are not checked here: ``lf_dense.functional`` does that.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,6 +19,11 @@ from torch import Tensor
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for anything narrower, float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that holds every tensor's values."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager:
@@ -81,33 +88,36 @@ def laplacian_attention(
     tau: float,
     delta: float,
     normalization: str,
+    kernel: Callable[[Tensor, Tensor, float], Tensor] = laplacian_kernel,
+    inverse: Callable[[Tensor, int, float], Tensor] = newton_schulz_inverse,
 ) -> Tensor:
     """Attention over ``(B, heads, N, d)`` through ``(B, heads, m, d)`` landmarks, linear in N; returns ``(B, heads, N, d)``.
 
     Every form is ``Z V`` with ``Z = scaled(G - mean G) + 1/N`` for the Nystroem matrix ``G = C_q A C_k^T`` that is never
-    formed (paper, section 3.2); ``lf_dense.functional.laplacian_attention`` documents the three scalings.
+    formed (paper, section 3.2); ``lf_dense.functional.laplacian_attention`` documents the three scalings. ``kernel`` and
+    ``inverse`` may be the native operators, so that the whitening forms are composed of them.
     """
     dtype = compute_dtype(q.dtype)
     with _without_autocast(q):
         landmarks, values = landmarks.to(dtype), v.to(dtype)
-        inverse = newton_schulz_inverse(laplacian_kernel(landmarks, landmarks, scale), iters, eps)
-        kernel_q = laplacian_kernel(q.to(dtype), landmarks, scale)
-        kernel_k = laplacian_kernel(k.to(dtype), landmarks, scale)
+        solved = inverse(kernel(landmarks, landmarks, scale), iters, eps)
+        kernel_q = kernel(q.to(dtype), landmarks, scale)
+        kernel_k = kernel(k.to(dtype), landmarks, scale)
         mean_value = values.mean(-2, keepdim=True)
         num_tokens = q.shape[-2]
         if normalization == "mass":
             # The mean leaves the values before the sums, not after: on close tokens the difference would cancel to nothing.
-            pooled = inverse @ (kernel_k.mT @ (values - mean_value)) / num_tokens
-            mass = kernel_q @ (inverse @ kernel_k.mean(-2).unsqueeze(-1))
+            pooled = solved @ (kernel_k.mT @ (values - mean_value)) / num_tokens
+            mass = kernel_q @ (solved @ kernel_k.mean(-2).unsqueeze(-1))
             out = kernel_q @ pooled / (mass.clamp_min(0) + tau) + mean_value
         else:
             centred = kernel_q - kernel_q.mean(-2, keepdim=True)
             if normalization == "whiten_keys":
-                spread = inverse @ (centred.mT @ centred / num_tokens) @ inverse
+                spread = solved @ (centred.mT @ centred / num_tokens) @ solved
                 # A variance, and positive; in float32 the product of two inverses can round below zero.
                 variance = (kernel_k @ spread * kernel_k).sum(-1, keepdim=True).clamp_min(0)
                 values = torch.rsqrt(variance + delta) * values
             else:
                 centred = centred * torch.rsqrt(centred.square().mean(-2, keepdim=True) + delta)
-            out = centred @ (inverse @ (kernel_k.mT @ values)) / num_tokens + mean_value
+            out = centred @ (solved @ (kernel_k.mT @ values)) / num_tokens + mean_value
         return out.to(v.dtype)

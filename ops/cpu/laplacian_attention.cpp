@@ -1,0 +1,440 @@
+// Normalization "mass": a stream over keys and values, the solver, a stream over queries; backward the two streams again.
+// Kernel columns are recomputed in the backward pass, not stored: docs/operators.md has the measurement.
+#include <algorithm>
+
+#include "newton_schulz_inverse.h"
+#include "parallel.h"
+
+namespace lf {
+namespace {
+
+template <typename T>
+struct Constants {
+  T scale, tau;
+};
+
+// Sizes of one call; m rows of per-landmark arrays are `cols` or `padded_m` apart.
+struct Shape {
+  int64_t heads, rows, m, channels, cols, padded_m, tiled_m;
+
+  Shape(const View& q, const View& landmarks)
+      : heads(q.heads()), rows(q.rows()), m(landmarks.rows()), channels(q.channels()), cols(padded(channels)), padded_m(padded(m)),
+        tiled_m((m + kTile - 1) / kTile * kTile) {}
+};
+
+// The landmarks of every head, packed both ways.
+template <typename T>
+struct Landmarks {
+  Shape shape;
+  Scratch<T> rows_, columns_;
+
+  Landmarks(const View& landmarks, const Shape& shape)
+      : shape(shape), rows_(shape.heads * shape.tiled_m * shape.cols), columns_(shape.heads * shape.tiled_m * shape.cols) {
+    kernels<T>();
+    parallel(shape.heads, [&](int64_t head) {
+      T* packed = rows_ + head * shape.tiled_m * shape.cols;
+      pack_rows<T>(landmarks, head, 0, shape.m, shape.tiled_m, packed);
+      kernels<T>().transpose(packed, shape.tiled_m, shape.cols, columns_ + head * shape.tiled_m * shape.cols);
+    });
+  }
+  const T* rows(int64_t head) const { return rows_ + head * shape.tiled_m * shape.cols; }
+  // (cols, tiled_m)
+  const T* columns(int64_t head) const { return columns_ + head * shape.tiled_m * shape.cols; }
+
+  // The kernel between a tile of `count` packed rows and the landmarks, (m, kTile), zero beyond `count`.
+  void tile(int64_t head, const T* rows, int64_t count, T scale, T* transposed, T* out) const {
+    kernels<T>().transpose(rows, kTile, shape.cols, transposed);
+    kernels<T>().kernel_tile(transposed, columns(head), shape.tiled_m, shape.channels, shape.m, scale, out);
+    if (count == kTile) return;
+    for (int64_t j = 0; j < shape.m; ++j) std::fill(out + j * kTile + count, out + (j + 1) * kTile, T{0});
+  }
+
+  // The kernel of the landmarks with themselves, (m, padded_m).
+  void gram(int64_t head, T scale, T* out) const {
+    Scratch<T> transposed(kTile * shape.cols), columns(shape.m * kTile);
+    std::fill_n(out, shape.m * shape.padded_m, T{0});
+    for (int64_t first = 0; first < shape.m; first += kTile) {
+      const int64_t count = std::min(kTile, shape.m - first);
+      tile(head, rows(head) + first * shape.cols, count, scale, transposed, columns);
+      for (int64_t j = 0; j < shape.m; ++j) std::copy_n(columns + j * kTile, count, out + j * shape.padded_m + first);
+    }
+  }
+};
+
+// What the tokens' stream over queries needs of each head: U = A P of (m, cols) and t = A p of (m).
+template <typename T>
+struct Pooled {
+  Scratch<T> values, mass;
+  explicit Pooled(const Shape& shape) : values(shape.heads * shape.m * shape.cols), mass(shape.heads * shape.m) {}
+
+  // inverse (m, padded_m), sums (m, cols), column_mass (m).
+  void set(const Shape& shape, int64_t head, const T* inverse, const T* sums, const T* column_mass) {
+    kernels<T>().product(values + head * shape.m * shape.cols, shape.cols, inverse, shape.padded_m, 1, sums, shape.cols, shape.m, shape.m,
+                         shape.cols, false);
+    for (int64_t i = 0; i < shape.m; ++i) {
+      T sum = 0;
+      for (int64_t j = 0; j < shape.m; ++j) sum += inverse[i * shape.padded_m + j] * column_mass[j];
+      mass[head * shape.m + i] = sum;
+    }
+  }
+};
+
+// A head's mass under each query of a tile, and one over it with the floor tau; NaN stays NaN.
+template <typename T>
+void row_mass(const T* kernel, const T* mass, int64_t m, T tau, T* row, T* reciprocal) {
+  std::fill_n(row, kTile, T{0});
+  for (int64_t j = 0; j < m; ++j) {
+    for (int64_t i = 0; i < kTile; ++i) row[i] += kernel[j * kTile + i] * mass[j];
+  }
+  for (int64_t i = 0; i < kTile; ++i) reciprocal[i] = 1 / ((row[i] <= 0 ? T{0} : row[i]) + tau);
+}
+
+template <typename T>
+void copy_rows(const T* from, int64_t from_stride, int64_t rows, int64_t count, T* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    std::copy_n(from + i * from_stride, count, to + i * to_stride);
+    std::fill(to + i * to_stride + count, to + (i + 1) * to_stride, T{0});
+  }
+}
+
+// The saved tensors of a call, contiguous.
+template <typename T>
+struct Saved {
+  T *inverse, *sums, *mass, *mean_value;
+
+  Saved(const Tensor& inverse, const Tensor& sums, const Tensor& mass, const Tensor& mean_value)
+      : inverse(data<T>(inverse)), sums(data<T>(sums)), mass(data<T>(mass)), mean_value(data<T>(mean_value)) {}
+};
+
+template <typename T>
+void forward(const View& q, const View& k, const View& v, const View& landmark_view, Constants<T> constants, int64_t iters, double eps,
+             const View& out, Saved<T> saved) {
+  const Kernels<T>& ops = kernels<T>();
+  const Shape shape(q, landmark_view);
+  const auto [heads, rows, m, channels, cols, padded_m, tiled_m] = shape;
+  const Landmarks<T> landmarks(landmark_view, shape);
+
+  const bool shared = invert_shared(heads, m);
+  Scratch<T> inverses(heads * m * padded_m);
+  const auto solve = [&](int64_t head) {
+    Scratch<T> gram(shape.m * shape.padded_m);
+    landmarks.gram(head, constants.scale, gram);
+    invert<T>(gram, shape.m, iters, eps, shared, inverses + head * shape.m * shape.padded_m);
+  };
+  if (shared) {
+    for (int64_t head = 0; head < heads; ++head) solve(head);
+  } else {
+    parallel(heads, solve);
+  }
+
+  // Each chunk centres its values on its own mean, in the cache, so that keys and values are read once.
+  const Chunks chunks(rows);
+  const int64_t partial_size = m * cols + padded_m + cols;
+  Scratch<T> partials(heads * chunks.count * partial_size);
+  torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T> values(chunks.length * shape.cols), tile(kTile * shape.cols), transposed(kTile * shape.cols), kernel(shape.m * kTile);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / chunks.count, chunk = item % chunks.count;
+      const int64_t first = chunks.first(chunk), count = chunks.end(chunk) - first;
+      T* sums = partials + item * partial_size;
+      T* mass = sums + shape.m * shape.cols;
+      T* mean = mass + shape.padded_m;
+      std::fill_n(sums, partial_size, T{0});
+      pack_rows<T>(v, head, first, count, count, values);
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t c = 0; c < shape.cols; ++c) mean[c] += values[i * shape.cols + c];
+      }
+      for (int64_t c = 0; c < shape.cols; ++c) mean[c] /= count;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t c = 0; c < shape.cols; ++c) values[i * shape.cols + c] -= mean[c];
+      }
+      for (int64_t i = 0; i < count; i += kTile) {
+        const int64_t inside = std::min(kTile, count - i);
+        pack_rows<T>(k, head, first + i, inside, kTile, tile);
+        landmarks.tile(head, tile, inside, constants.scale, transposed, kernel);
+        for (int64_t j = 0; j < shape.m; ++j) {
+          T sum = 0;
+          for (int64_t l = 0; l < inside; ++l) sum += kernel[j * kTile + l];
+          mass[j] += sum;
+        }
+        ops.product(sums, shape.cols, kernel, kTile, 1, values + i * shape.cols, shape.cols, shape.m, inside, shape.cols, true);
+      }
+    }
+  });
+
+  Pooled<T> pooled(shape);
+  Scratch<T> mean_values(heads * cols);
+  parallel(heads, [&](int64_t head) {
+    const auto [heads_, n, m, channels, cols, padded_m, tiled_m_] = shape;
+    const T* head_partials = partials + head * chunks.count * partial_size;
+    Scratch<double> mean(cols), sums(m * cols), mass(m);
+    mean.zeroed(cols), sums.zeroed(m * cols), mass.zeroed(m);
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      const T* chunk_mean = head_partials + chunk * partial_size + m * cols + padded_m;
+      const double share = static_cast<double>(chunks.end(chunk) - chunks.first(chunk)) / n;
+      for (int64_t c = 0; c < cols; ++c) mean[c] += share * chunk_mean[c];
+    }
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      const T* chunk_sums = head_partials + chunk * partial_size;
+      const T* chunk_mass = chunk_sums + m * cols;
+      const T* chunk_mean = chunk_mass + padded_m;
+      for (int64_t j = 0; j < m; ++j) {
+        mass[j] += static_cast<double>(chunk_mass[j]) / n;
+        for (int64_t c = 0; c < cols; ++c) {
+          sums[j * cols + c] += (chunk_sums[j * cols + c] + chunk_mass[j] * (chunk_mean[c] - mean[c])) / n;
+        }
+      }
+    }
+    Scratch<T> narrow_sums(m * cols), narrow_mass(m);
+    std::copy_n(sums.get(), m * cols, narrow_sums.get());
+    std::copy_n(mass.get(), m, narrow_mass.get());
+    std::copy_n(mean.get(), cols, mean_values + head * cols);
+    const T* inverse = inverses + head * m * padded_m;
+    pooled.set(shape, head, inverse, narrow_sums, narrow_mass);
+    copy_rows<T>(inverse, padded_m, m, m, saved.inverse + head * m * m, m);
+    copy_rows<T>(narrow_sums, cols, m, channels, saved.sums + head * m * channels, channels);
+    std::copy_n(narrow_mass.get(), m, saved.mass + head * m);
+    std::copy_n(mean_values + head * cols, channels, saved.mean_value + head * channels);
+  });
+
+  torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T> tile(kTile * shape.cols), transposed(kTile * shape.cols), kernel(shape.m * kTile), mass(kTile), reciprocal(kTile);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / chunks.count, chunk = item % chunks.count;
+      const T* values = pooled.values + head * shape.m * shape.cols;
+      const T* mean = mean_values + head * shape.cols;
+      for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
+        const int64_t count = std::min(kTile, chunks.end(chunk) - first);
+        pack_rows<T>(q, head, first, count, kTile, tile);
+        landmarks.tile(head, tile, count, constants.scale, transposed, kernel);
+        row_mass<T>(kernel, pooled.mass + head * shape.m, shape.m, constants.tau, mass, reciprocal);
+        ops.product(tile, shape.cols, kernel, 1, kTile, values, shape.cols, kTile, shape.m, shape.cols, false);
+        for (int64_t i = 0; i < count; ++i) {
+          T* row = tile + i * shape.cols;
+          for (int64_t c = 0; c < shape.cols; ++c) row[c] = row[c] * reciprocal[i] + mean[c];
+        }
+        unpack_rows<T>(tile, out, head, first, count);
+      }
+    }
+  });
+}
+
+template <typename T>
+void backward(const View& grad, const View& q, const View& k, const View& v, const View& landmark_view, Saved<T> saved,
+              Constants<T> constants, const View& dq, const View& dk, const View& dv, const View& dlandmarks) {
+  const Kernels<T>& ops = kernels<T>();
+  const Shape shape(q, landmark_view);
+  const auto [heads, rows, m, channels, cols, padded_m, tiled_m] = shape;
+  const T n = static_cast<T>(rows);
+  const Landmarks<T> landmarks(landmark_view, shape);
+
+  Pooled<T> pooled(shape);
+  Scratch<T> inverses(heads * m * padded_m), sums(heads * m * cols), mean_values(heads * cols);
+  parallel(heads, [&](int64_t head) {
+    const auto [heads_, rows_, m, channels, cols, padded_m, tiled_m_] = shape;
+    copy_rows<T>(saved.inverse + head * m * m, m, m, m, inverses + head * m * padded_m, padded_m);
+    copy_rows<T>(saved.sums + head * m * channels, channels, m, channels, sums + head * m * cols, cols);
+    copy_rows<T>(saved.mean_value + head * channels, channels, 1, channels, mean_values + head * cols, cols);
+    pooled.set(shape, head, inverses + head * m * padded_m, sums + head * m * cols, saved.mass + head * m);
+  });
+
+  // Queries: gradients of U, t, the landmarks and, summed, of the output.
+  const Chunks chunks(rows);
+  const int64_t partial_size = 2 * m * cols + padded_m + cols;
+  Scratch<T> partials(heads * chunks.count * partial_size);
+  torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
+    const auto [heads_, rows_, m, channels, cols, padded_m, tiled_m_] = shape;
+    Scratch<T> tile(kTile * cols), transposed(kTile * cols), grads(kTile * cols), dtile(kTile * cols);
+    Scratch<T> kernel(m * kTile), dkernel(m * kTile), mass(kTile), reciprocal(kTile), dmass(kTile);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / chunks.count, chunk = item % chunks.count;
+      T* dvalues = partials + item * partial_size;
+      T* dlandmark = dvalues + m * cols;
+      T* dcolumn_mass = dlandmark + m * cols;
+      T* grad_sum = dcolumn_mass + padded_m;
+      std::fill_n(dvalues, partial_size, T{0});
+      const T* values = pooled.values + head * m * cols;
+      const T* column_mass = pooled.mass + head * m;
+      for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
+        const int64_t count = std::min(kTile, chunks.end(chunk) - first);
+        pack_rows<T>(q, head, first, count, kTile, tile);
+        landmarks.tile(head, tile, count, constants.scale, transposed, kernel);
+        row_mass<T>(kernel, column_mass, m, constants.tau, mass, reciprocal);
+        pack_rows<T>(grad, head, first, count, kTile, grads);
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t c = 0; c < cols; ++c) grad_sum[c] += grads[i * cols + c];
+        }
+        ops.transpose(grads, kTile, cols, transposed);
+        ops.product(dkernel, kTile, values, cols, 1, transposed, kTile, m, channels, kTile, false);
+        std::fill_n(dmass.get(), kTile, T{0});
+        for (int64_t j = 0; j < m; ++j) {
+          for (int64_t i = 0; i < kTile; ++i) dmass[i] += kernel[j * kTile + i] * dkernel[j * kTile + i];
+        }
+        for (int64_t i = 0; i < kTile; ++i) dmass[i] = mass[i] < 0 ? T{0} : -reciprocal[i] * reciprocal[i] * dmass[i];
+        for (int64_t j = 0; j < m; ++j) {
+          T sum = 0;
+          for (int64_t i = 0; i < count; ++i) {
+            T& entry = kernel[j * kTile + i];
+            T& dentry = dkernel[j * kTile + i];
+            sum += entry * dmass[i];
+            dentry = entry * (reciprocal[i] * dentry + dmass[i] * column_mass[j]) / constants.scale;
+            entry *= reciprocal[i];
+          }
+          dcolumn_mass[j] += sum;
+        }
+        ops.product(dvalues, cols, kernel, kTile, 1, grads, cols, m, count, cols, true);
+        ops.sign_tile(tile, landmarks.rows(head), dkernel, count, m, cols, dtile.zeroed(kTile * cols), dlandmark);
+        unpack_rows<T>(dtile, dq, head, first, count);
+      }
+    }
+  });
+
+  // Landmarks: through the inverse, in float64, since it amplifies by up to 1 / eps twice.
+  Scratch<T> dsums(heads * m * cols), dmass(heads * padded_m), dmean(heads * cols);
+  Scratch<double> dlandmark_sums(heads * m * cols);
+  parallel(heads, [&](int64_t head) {
+    const auto [heads_, rows_, m, channels, cols, padded_m, tiled_m_] = shape;
+    const Kernels<double>& wide = kernels<double>();
+    Scratch<double> total(partial_size), inverse(m * padded_m), inverse_t(m * padded_m), product(m * padded_m), dgram(m * padded_m);
+    Scratch<double> head_sums(cols * padded_m), result(m * cols);
+    add_partials<T>(partials + head * chunks.count * partial_size, chunks.count, partial_size, partial_size, total);
+    const double* dvalues = total;
+    const double* dlandmark = dvalues + m * cols;
+    const double* dcolumn_mass = dlandmark + m * cols;
+    const double* grad_sum = dcolumn_mass + padded_m;
+    inverse_t.zeroed(m * padded_m);
+    std::copy_n(inverses + head * m * padded_m, m * padded_m, inverse.get());
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < m; ++j) inverse_t[i * padded_m + j] = inverse[j * padded_m + i];
+    }
+    // dP = A^T dU, dp = A^T dt.
+    wide.product(result, cols, inverse_t, padded_m, 1, dvalues, cols, m, m, cols, false);
+    std::copy_n(result.get(), m * cols, dsums + head * m * cols);
+    const T* column_mass = saved.mass + head * m;
+    for (int64_t i = 0; i < m; ++i) {
+      double sum = 0;
+      for (int64_t j = 0; j < m; ++j) sum += inverse_t[i * padded_m + j] * dcolumn_mass[j];
+      dmass[head * padded_m + i] = static_cast<T>(sum);
+    }
+    for (int64_t c = 0; c < cols; ++c) dmean[head * cols + c] = static_cast<T>(grad_sum[c] / n);
+    // dA = dU P^T + dt p^T; dW = -A^T dA A^T.
+    head_sums.zeroed(cols * padded_m);
+    for (int64_t j = 0; j < m; ++j) {
+      for (int64_t c = 0; c < cols; ++c) head_sums[c * padded_m + j] = sums[head * m * cols + j * cols + c];
+    }
+    wide.product(dgram, padded_m, dvalues, cols, 1, head_sums, padded_m, m, cols, padded_m, false);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < m; ++j) dgram[i * padded_m + j] += dcolumn_mass[i] * column_mass[j];
+    }
+    wide.product(product, padded_m, inverse_t, padded_m, 1, dgram, padded_m, m, m, padded_m, false);
+    wide.product(dgram, padded_m, product, padded_m, 1, inverse_t, padded_m, m, m, padded_m, false);
+    Scratch<T> gram(m * padded_m), weights(m * kTile), as_rows(m * cols), as_columns(m * cols);
+    landmarks.gram(head, constants.scale, gram);
+    as_rows.zeroed(m * cols), as_columns.zeroed(m * cols);
+    for (int64_t first = 0; first < m; first += kTile) {
+      const int64_t count = std::min(kTile, m - first);
+      for (int64_t j = 0; j < m; ++j) {
+        for (int64_t i = 0; i < count; ++i) {
+          weights[j * kTile + i] = static_cast<T>(-dgram[(first + i) * padded_m + j] * gram[(first + i) * padded_m + j] / constants.scale);
+        }
+      }
+      ops.sign_tile(landmarks.rows(head) + first * cols, landmarks.rows(head), weights, count, m, cols, as_rows + first * cols, as_columns);
+    }
+    for (int64_t i = 0; i < m * cols; ++i) dlandmark_sums[head * m * cols + i] = dlandmark[i] + as_rows[i] + as_columns[i];
+  });
+
+  // Keys and values.
+  Scratch<T> key_partials(heads * chunks.count * m * cols);
+  torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
+    const auto [heads_, rows_, m, channels, cols, padded_m, tiled_m_] = shape;
+    Scratch<T> tile(kTile * cols), transposed(kTile * cols), values(kTile * cols), dtile(kTile * cols);
+    Scratch<T> kernel(m * kTile), dkernel(m * kTile);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / chunks.count, chunk = item % chunks.count;
+      T* dlandmark = key_partials + item * m * cols;
+      std::fill_n(dlandmark, m * cols, T{0});
+      const T* head_dsums = dsums + head * m * cols;
+      const T* mean = mean_values + head * cols;
+      for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
+        const int64_t count = std::min(kTile, chunks.end(chunk) - first);
+        pack_rows<T>(k, head, first, count, kTile, tile);
+        landmarks.tile(head, tile, count, constants.scale, transposed, kernel);
+        pack_rows<T>(v, head, first, count, kTile, values);
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t c = 0; c < cols; ++c) values[i * cols + c] -= mean[c];
+        }
+        ops.transpose(values, kTile, cols, transposed);
+        ops.product(dkernel, kTile, head_dsums, cols, 1, transposed, kTile, m, channels, kTile, false);
+        for (int64_t j = 0; j < m; ++j) {
+          const T own = dmass[head * padded_m + j], column_mass = saved.mass[head * m + j];
+          for (int64_t i = 0; i < count; ++i) {
+            T& entry = kernel[j * kTile + i];
+            T& dentry = dkernel[j * kTile + i];
+            dentry = entry * (dentry + own) / (n * constants.scale);
+            // The mean of dV leaves before the product, not after: on close tokens the difference would cancel to nothing.
+            entry = (entry - column_mass) / n;
+          }
+        }
+        ops.product(values, cols, kernel, 1, kTile, head_dsums, cols, kTile, m, cols, false);
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t c = 0; c < cols; ++c) values[i * cols + c] += dmean[head * cols + c];
+        }
+        unpack_rows<T>(values, dv, head, first, count);
+        ops.sign_tile(tile, landmarks.rows(head), dkernel, count, m, cols, dtile.zeroed(kTile * cols), dlandmark);
+        unpack_rows<T>(dtile, dk, head, first, count);
+      }
+    }
+  });
+  parallel(heads, [&](int64_t head) {
+    const int64_t size = shape.m * shape.cols;
+    Scratch<double> total(size);
+    Scratch<T> narrow(size);
+    add_partials<T>(key_partials + head * chunks.count * size, chunks.count, size, size, total);
+    for (int64_t i = 0; i < size; ++i) narrow[i] = static_cast<T>(total[i] + dlandmark_sums[head * size + i]);
+    unpack_rows<T>(narrow, dlandmarks, head, 0, shape.m);
+  });
+}
+
+void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks) {
+  check_same(q, k, 0, 4, "q and k");
+  check_same(q, v, 0, 4, "q and v");
+  check_points(q, landmarks, "q and the landmarks");
+  STD_TORCH_CHECK(q.size(2) > 0 && landmarks.size(2) > 0, "lf_dense: the attention needs at least one token and one landmark.");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> laplacian_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                       const Tensor& landmarks, double scale, int64_t iters, double eps,
+                                                                       double tau) {
+  check_inputs(q, k, v, landmarks);
+  const int64_t batch = q.size(0), heads = q.size(1), channels = q.size(3), m = landmarks.size(2);
+  const ScalarType type = compute_type(q);
+  Tensor out = empty_tokens(q), inverse = empty({batch, heads, m, m}, type, q), sums = empty({batch, heads, m, channels}, type, q);
+  Tensor mass = empty({batch, heads, m}, type, q), mean_value = empty({batch, heads, channels}, type, q);
+  with_compute_type(q, [&]<typename T>(T) {
+    forward<T>(view(q), view(k), view(v), view(landmarks), {static_cast<T>(scale), static_cast<T>(tau)}, iters, eps, view(out),
+               Saved<T>(inverse, sums, mass, mean_value));
+  });
+  return {out, inverse, sums, mass, mean_value};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                                        const Tensor& v, const Tensor& landmarks, const Tensor& inverse,
+                                                                        const Tensor& sums, const Tensor& mass, const Tensor& mean_value,
+                                                                        double scale, double tau) {
+  check_inputs(q, k, v, landmarks);
+  check_same(grad, q, 0, 4, "the gradient and q");
+  Tensor dq = empty_tokens(q), dk = empty_tokens(k), dv = empty_tokens(v), dlandmarks = empty_tokens(landmarks);
+  with_compute_type(q, [&]<typename T>(T) {
+    backward<T>(view(grad), view(q), view(k), view(v), view(landmarks), Saved<T>(inverse, sums, mass, mean_value),
+                {static_cast<T>(scale), static_cast<T>(tau)}, view(dq), view(dk), view(dv), view(dlandmarks));
+  });
+  return {dq, dk, dv, dlandmarks};
+}
+
+}  // namespace
+}  // namespace lf
+
+LF_IMPLEMENT(CPU, m) {
+  m.impl("laplacian_attention", TORCH_BOX(&lf::laplacian_attention));
+  m.impl("laplacian_attention_backward", TORCH_BOX(&lf::laplacian_attention_backward));
+}

@@ -1,0 +1,123 @@
+#include <algorithm>
+
+#include "parallel.h"
+
+namespace lf {
+namespace {
+
+// Columns are taken in blocks, so that a tile of the result stays in the first caches however many there are.
+constexpr int64_t kBlock = 256;
+
+// One head's y, packed and transposed: (padded channels, padded rows).
+template <typename T>
+void pack_transposed(const View& y, int64_t head, T* rows, T* transposed) {
+  pack_rows(y, head, 0, y.rows(), padded(y.rows()), rows);
+  kernels<T>().transpose(rows, padded(y.rows()), padded(y.channels()), transposed);
+}
+
+template <typename T>
+void forward(const View& x, const View& y, T scale, const View& out) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t channels = x.channels(), cols = padded(channels), m = y.rows(), padded_m = padded(m);
+  const int64_t tiles = (x.rows() + kTile - 1) / kTile;
+  Scratch<T> transposed(x.heads() * padded_m * cols);
+  parallel(x.heads(), [&](int64_t head) {
+    Scratch<T> rows(padded_m * cols);
+    pack_transposed<T>(y, head, rows, transposed + head * padded_m * cols);
+  });
+  torch::stable::parallel_for(0, x.heads() * tiles, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T> rows(kTile * cols), here(kTile * cols), columns(kBlock * kTile), result(kBlock * kTile);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / tiles, first = item % tiles * kTile, count = std::min(kTile, x.rows() - first);
+      pack_rows<T>(x, head, first, count, kTile, rows);
+      k.transpose(rows, kTile, cols, here);
+      for (int64_t j = 0; j < m; j += kBlock) {
+        const int64_t block = std::min(kBlock, m - j), padded_block = padded(block);
+        k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale, columns);
+        std::fill(columns + block * kTile, columns + padded_block * kTile, T{0});
+        k.transpose(columns, padded_block, kTile, result);
+        k.unpack(result, count, block, padded_block, out.row(head, first) + j * out.stride[3] * item_size(out.dtype), out.dtype,
+                 out.stride[2], out.stride[3]);
+      }
+    }
+  });
+}
+
+template <typename T>
+void backward(const View& grad, const View& x, const View& y, T scale, const View& dx, const View& dy) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t channels = x.channels(), cols = padded(channels), m = y.rows(), padded_m = padded(m), heads = x.heads();
+  const Chunks chunks(x.rows());
+  Scratch<T> there(heads * padded_m * cols), transposed(heads * padded_m * cols);
+  parallel(heads, [&](int64_t head) {
+    pack_transposed<T>(y, head, there + head * padded_m * cols, transposed + head * padded_m * cols);
+  });
+  Scratch<T> partials(heads * chunks.count * m * cols);
+  torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T> rows(kTile * cols), here(kTile * cols), drows(kTile * cols);
+    Scratch<T> columns(kBlock * kTile), grads(kBlock * kTile), weights(kBlock * kTile);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / chunks.count, chunk = item % chunks.count;
+      T* partial = partials + item * m * cols;
+      std::fill_n(partial, m * cols, T{0});
+      for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
+        const int64_t count = std::min(kTile, chunks.end(chunk) - first);
+        pack_rows<T>(x, head, first, count, kTile, rows);
+        k.transpose(rows, kTile, cols, here);
+        drows.zeroed(kTile * cols);
+        for (int64_t j = 0; j < m; j += kBlock) {
+          const int64_t block = std::min(kBlock, m - j), padded_block = padded(block);
+          k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale, columns);
+          k.pack(grad.row(head, first) + j * grad.stride[3] * item_size(grad.dtype), grad.dtype, grad.stride[2], grad.stride[3], count,
+                 kTile, block, padded_block, grads);
+          k.transpose(grads, kTile, padded_block, weights);
+          for (int64_t i = 0; i < block * kTile; ++i) weights[i] *= columns[i] / scale;
+          k.sign_tile(rows, there + (head * padded_m + j) * cols, weights, count, block, cols, drows, partial + j * cols);
+        }
+        unpack_rows<T>(drows, dx, head, first, count);
+      }
+    }
+  });
+  parallel(heads, [&](int64_t head) {
+    Scratch<double> sum(m * cols);
+    Scratch<T> total(m * cols);
+    add_partials<T>(partials + head * chunks.count * m * cols, chunks.count, m * cols, m * cols, sum);
+    std::copy_n(sum.get(), m * cols, total.get());
+    unpack_rows<T>(total, dy, head, 0, m);
+  });
+}
+
+Tensor laplacian_kernel(const Tensor& x, const Tensor& y, double scale) {
+  check_points(x, y, "x and y");
+  Tensor out = empty({x.size(0), x.size(1), x.size(2), y.size(2)}, x.scalar_type(), x);
+  with_compute_type(x, [&]<typename T>(T) { forward<T>(view(x), view(y), scale, view(out)); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> laplacian_kernel_backward(const Tensor& grad, const Tensor& x, const Tensor& y, double scale) {
+  check_points(x, y, "x and y");
+  check_same(grad, x, 0, 3, "the gradient and x");
+  STD_TORCH_CHECK(grad.size(3) == y.size(2), "lf_dense: the gradient of the kernel has ", grad.size(3), " columns for ", y.size(2), " points.");
+  Tensor dx = empty_tokens(x), dy = empty_tokens(y);
+  with_compute_type(x, [&]<typename T>(T) { backward<T>(view(grad), view(x), view(y), scale, view(dx), view(dy)); });
+  return {dx, dy};
+}
+
+Tensor arithmetic_floor(const Tensor& like, int64_t pairs) {
+  Tensor out = empty({1}, ScalarType::Float, like);
+  const Kernels<float>& k = kernels<float>();
+  const int64_t parts = 64;
+  float sums[parts];
+  parallel(parts, [&](int64_t part) { sums[part] = k.floor_loop(pairs / (parts * k.pairs_per_step)); });
+  data<float>(out)[0] = sums[0];
+  return out;
+}
+
+}  // namespace
+}  // namespace lf
+
+LF_IMPLEMENT(CPU, m) {
+  m.impl("laplacian_kernel", TORCH_BOX(&lf::laplacian_kernel));
+  m.impl("laplacian_kernel_backward", TORCH_BOX(&lf::laplacian_kernel_backward));
+  m.impl("arithmetic_floor", TORCH_BOX(&lf::arithmetic_floor));
+}

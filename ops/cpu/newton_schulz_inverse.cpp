@@ -1,0 +1,119 @@
+#include "newton_schulz_inverse.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "parallel.h"
+
+namespace lf {
+namespace {
+
+constexpr int64_t kRowBlock = 24;
+
+// out = a b, rows padded(m) apart.
+template <typename T>
+void multiply(T* out, const T* a, const T* b, int64_t m, bool shared) {
+  const int64_t cols = padded(m), blocks = shared ? (m + kRowBlock - 1) / kRowBlock : 1, length = shared ? kRowBlock : m;
+  const auto block = [&](int64_t index) {
+    const int64_t first = index * length, rows = std::min(length, m - first);
+    kernels<T>().product(out + first * cols, cols, a + first * cols, cols, 1, b, cols, rows, m, cols, false);
+  };
+  if (shared) {
+    parallel(blocks, block);
+  } else {
+    block(0);
+  }
+}
+
+// x = 2 I - x
+template <typename T>
+void reflect(T* x, int64_t m) {
+  const int64_t cols = padded(m);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < m; ++j) x[i * cols + j] = (i == j ? T{2} : T{0}) - x[i * cols + j];
+  }
+}
+
+template <typename T>
+T largest_row_sum(const T* w, int64_t m) {
+  T largest = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    T sum = 0;
+    for (int64_t j = 0; j < m; ++j) sum += w[i * padded(m) + j];
+    if (!(sum <= largest)) largest = sum;
+    if (std::isnan(largest)) break;
+  }
+  return largest;
+}
+
+template <typename T>
+void inverses(const T* w, int64_t matrices, int64_t m, int64_t iters, double eps, T* out) {
+  kernels<T>();
+  const int64_t cols = padded(m);
+  const bool shared = invert_shared(matrices, m);
+  const auto one = [&](int64_t index) {
+    Scratch<T> packed(m * cols), inverse(m * cols);
+    packed.zeroed(m * cols);
+    for (int64_t i = 0; i < m; ++i) std::copy_n(w + (index * m + i) * m, m, packed + i * cols);
+    invert<T>(packed, m, iters, eps, shared, inverse);
+    for (int64_t i = 0; i < m; ++i) std::copy_n(inverse + i * cols, m, out + (index * m + i) * m);
+  };
+  if (shared) {
+    for (int64_t index = 0; index < matrices; ++index) one(index);
+  } else {
+    parallel(matrices, one);
+  }
+}
+
+Tensor newton_schulz_inverse(const Tensor& w, int64_t iters, double eps) {
+  STD_TORCH_CHECK(w.dim() >= 2 && w.size(-1) == w.size(-2), "lf_dense: the solver takes square matrices.");
+  const ScalarType type = w.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "lf_dense: the solver runs in float32 or float64: widen its input.");
+  Tensor packed = torch::stable::contiguous(w), out = torch::stable::empty_like(packed);
+  const int64_t m = w.size(-1), matrices = m ? w.numel() / (m * m) : 0;
+  with_compute_type(w, [&]<typename T>(T) { inverses<T>(data<T>(packed), matrices, m, iters, eps, data<T>(out)); });
+  return out;
+}
+
+}  // namespace
+
+bool invert_shared(int64_t matrices, int64_t m) {
+  return m >= 128 && matrices < static_cast<int64_t>(torch::stable::get_num_threads());
+}
+
+// The paper's iteration with the project's start and scaling, see lf_dense.reference: the factor of step k is 1 + 1 / cosh(2^k a).
+template <typename T>
+void invert(const T* w, int64_t m, int64_t iters, double eps, bool shared, T* inverse) {
+  const int64_t cols = padded(m), size = m * cols;
+  Scratch<T> ridged(size), residual(size), next(size);
+  std::copy_n(w, size, ridged.get());
+  for (int64_t i = 0; i < m; ++i) ridged[i * cols + i] += static_cast<T>(eps);
+  const double bound = largest_row_sum<T>(ridged, m);
+  const double angle = 2 * std::atanh(std::sqrt(eps / bound));
+  std::fill_n(inverse, size, T{0});
+  for (int64_t i = 0; i < m; ++i) inverse[i * cols + i] = static_cast<T>((1 + 1 / std::cosh(angle)) / bound);
+  for (int64_t step = 1; step <= iters; ++step) {
+    multiply<T>(residual, ridged, inverse, m, shared);
+    reflect<T>(residual, m);
+    multiply<T>(next, inverse, residual, m, shared);
+    const T factor = static_cast<T>(1 + 1 / std::cosh(std::ldexp(angle, static_cast<int>(std::min<int64_t>(step, 1000)))));
+    for (int64_t i = 0; i < size; ++i) inverse[i] = factor * next[i];
+  }
+  // One plain step in float64 takes off the rounding that the iteration gathered.
+  Scratch<double> wide_w(size), wide(size), wide_residual(size), result(size);
+  std::copy_n(ridged.get(), size, wide_w.get());
+  std::copy_n(inverse, size, wide.get());
+  multiply<double>(wide_residual, wide_w, wide, m, shared);
+  reflect<double>(wide_residual, m);
+  multiply<double>(result, wide, wide_residual, m, shared);
+  std::copy_n(result.get(), size, inverse);
+}
+
+template void invert<float>(const float*, int64_t, int64_t, double, bool, float*);
+template void invert<double>(const double*, int64_t, int64_t, double, bool, double*);
+
+}  // namespace lf
+
+LF_IMPLEMENT(CPU, m) {
+  m.impl("newton_schulz_inverse", TORCH_BOX(&lf::newton_schulz_inverse));
+}

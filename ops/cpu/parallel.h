@@ -1,0 +1,74 @@
+// Scratch memory and torch's thread pool.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "../tensor.h"
+#include "vector_kernels.h"
+
+namespace lf {
+
+// Uninitialised, aligned to a cache line.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)), std::free) {
+    if (!data_) throw std::bad_alloc();
+  }
+  T* get() const { return data_.get(); }
+  T* zeroed(int64_t count) const {
+    std::fill_n(data_.get(), count, T{0});
+    return data_.get();
+  }
+  operator T*() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<T, decltype(&std::free)> data_;
+};
+
+template <typename Run>
+void parallel(int64_t count, const Run& run) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i);
+  });
+}
+
+// Tokens are cut into chunks by their number alone, and partial sums are added in the chunks' order: the same bits whatever the
+// number of threads. At most 256 chunks a head while a chunk is at most 1024 tokens, so that many cores have work and few partial
+// sums are held.
+struct Chunks {
+  int64_t rows, length, count;
+
+  explicit Chunks(int64_t rows) : rows(rows) {
+    length = (rows + 255) / 256;
+    length = std::clamp<int64_t>((length + kTile - 1) / kTile * kTile, 2 * kTile, 1024);
+    count = (rows + length - 1) / length;
+  }
+  int64_t first(int64_t chunk) const { return chunk * length; }
+  int64_t end(int64_t chunk) const { return std::min(rows, (chunk + 1) * length); }
+};
+
+// Adds `count` partial arrays of `size`, `stride` apart, in order.
+template <typename T>
+void add_partials(const T* partials, int64_t count, int64_t stride, int64_t size, double* sum) {
+  std::fill_n(sum, size, 0.0);
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t i = 0; i < size; ++i) sum[i] += partials[p * stride + i];
+  }
+}
+
+// Rows of a head of a tensor into packed rows.
+template <typename T>
+void pack_rows(const View& from, int64_t head, int64_t first, int64_t rows, int64_t padded_rows, T* to) {
+  kernels<T>().pack(from.row(head, first), from.dtype, from.stride[2], from.stride[3], rows, padded_rows, from.channels(),
+                    padded(from.channels()), to);
+}
+
+template <typename T>
+void unpack_rows(const T* from, const View& to, int64_t head, int64_t first, int64_t rows) {
+  kernels<T>().unpack(from, rows, to.channels(), padded(to.channels()), to.row(head, first), to.dtype, to.stride[2], to.stride[3]);
+}
+
+}  // namespace lf

@@ -1,0 +1,386 @@
+// Compiled once for each instruction set: LF_ISA names it, LF_VECTOR_BYTES is its register. Nothing of the standard library's
+// templates may be used here: the linker keeps one copy of an inline function, and it could be the one that this machine lacks.
+#include "vector_kernels.h"
+
+#define LF_STRING_OF(x) #x
+#define LF_STRING(x) LF_STRING_OF(x)
+
+namespace lf {
+namespace LF_ISA {
+namespace {
+
+template <typename T>
+struct Bits;
+template <>
+struct Bits<float> {
+  using type = int32_t;
+};
+template <>
+struct Bits<double> {
+  using type = int64_t;
+};
+
+template <typename T>
+struct Vector {
+  typedef T type __attribute__((vector_size(LF_VECTOR_BYTES), may_alias));
+  typedef typename Bits<T>::type bits __attribute__((vector_size(LF_VECTOR_BYTES), may_alias));
+  static constexpr int64_t lanes = LF_VECTOR_BYTES / sizeof(T);
+  static constexpr typename Bits<T>::type sign_bit = static_cast<typename Bits<T>::type>(1) << (8 * sizeof(T) - 1);
+};
+
+template <typename T>
+using vec = typename Vector<T>::type;
+
+template <typename T>
+inline vec<T> load(const T* p) {
+  return *reinterpret_cast<const vec<T>*>(p);
+}
+
+template <typename T>
+inline void store(T* p, vec<T> v) {
+  *reinterpret_cast<vec<T>*>(p) = v;
+}
+
+template <typename T>
+inline vec<T> absolute(vec<T> v) {
+  using bits = typename Vector<T>::bits;
+  return (vec<T>)((bits)v & ~Vector<T>::sign_bit);
+}
+
+// w with the sign of v, and 0 where v is 0.
+template <typename T>
+inline vec<T> signed_by(vec<T> v, T w) {
+  using bits = typename Vector<T>::bits;
+  const vec<T> wide = vec<T>{} + w;
+  const bits nonzero = v != vec<T>{};
+  return (vec<T>)((((bits)v & Vector<T>::sign_bit) ^ (bits)wide) & nonzero);
+}
+
+// exp of a number that is at most 0, to about an ulp; below the smallest normal number it is 0. NaN stays NaN.
+inline vec<float> exponential(vec<float> x) {
+  using bits = Vector<float>::bits;
+  const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const bits underflow = x < -87.33654f;
+  x = underflow ? vec<float>{} - 87.33654f : x;
+  const vec<float> shifted = x * 1.44269504088896341f + round;
+  const vec<float> n = shifted - round;
+  const vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const bits power = ((bits)shifted - 0x4B400000 + 127) << 23;
+  const vec<float> result = p * (vec<float>)power;
+  return underflow ? vec<float>{} : result;
+}
+
+// float64 serves gradient checks: exactness before speed.
+inline vec<double> exponential(vec<double> x) {
+  for (int lane = 0; lane < Vector<double>::lanes; ++lane) x[lane] = __builtin_exp(x[lane]);
+  return x;
+}
+
+inline float from_bfloat16(uint16_t x) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16);
+}
+
+inline uint16_t to_bfloat16(float x) {
+  const uint32_t u = __builtin_bit_cast(uint32_t, x);
+  const uint32_t rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+template <typename T, typename S, typename Convert>
+inline void pack_rows(const S* src, int64_t row_stride, int64_t channel_stride, int64_t rows, int64_t channels, int64_t cols, T* dst,
+                      Convert convert) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const S* from = src + i * row_stride;
+    T* to = dst + i * cols;
+    if (channel_stride == 1) {
+      for (int64_t c = 0; c < channels; ++c) to[c] = convert(from[c]);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) to[c] = convert(from[c * channel_stride]);
+    }
+    for (int64_t c = channels; c < cols; ++c) to[c] = 0;
+  }
+}
+
+template <typename T>
+void pack(const void* src, DType dtype, int64_t row_stride, int64_t channel_stride, int64_t rows, int64_t padded_rows,
+          int64_t channels, int64_t cols, T* dst) {
+  const auto same = [](auto x) { return static_cast<T>(x); };
+  switch (dtype) {
+    case DType::kFloat64:
+      pack_rows(static_cast<const double*>(src), row_stride, channel_stride, rows, channels, cols, dst, same);
+      break;
+    case DType::kFloat32:
+      pack_rows(static_cast<const float*>(src), row_stride, channel_stride, rows, channels, cols, dst, same);
+      break;
+    case DType::kBFloat16:
+      pack_rows(static_cast<const uint16_t*>(src), row_stride, channel_stride, rows, channels, cols, dst,
+                [](uint16_t x) { return static_cast<T>(from_bfloat16(x)); });
+      break;
+    case DType::kFloat16:
+      pack_rows(static_cast<const _Float16*>(src), row_stride, channel_stride, rows, channels, cols, dst,
+                [](_Float16 x) { return static_cast<T>(static_cast<float>(x)); });
+      break;
+  }
+  for (int64_t i = rows * cols; i < padded_rows * cols; ++i) dst[i] = 0;
+}
+
+template <typename T, typename S, typename Convert>
+inline void unpack_rows(const T* src, int64_t rows, int64_t channels, int64_t cols, S* dst, int64_t row_stride,
+                        int64_t channel_stride, Convert convert) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = src + i * cols;
+    S* to = dst + i * row_stride;
+    if (channel_stride == 1) {
+      for (int64_t c = 0; c < channels; ++c) to[c] = convert(from[c]);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) to[c * channel_stride] = convert(from[c]);
+    }
+  }
+}
+
+template <typename T>
+void unpack(const T* src, int64_t rows, int64_t channels, int64_t cols, void* dst, DType dtype, int64_t row_stride,
+            int64_t channel_stride) {
+  switch (dtype) {
+    case DType::kFloat64:
+      unpack_rows(src, rows, channels, cols, static_cast<double*>(dst), row_stride, channel_stride,
+                  [](T x) { return static_cast<double>(x); });
+      break;
+    case DType::kFloat32:
+      unpack_rows(src, rows, channels, cols, static_cast<float*>(dst), row_stride, channel_stride,
+                  [](T x) { return static_cast<float>(x); });
+      break;
+    case DType::kBFloat16:
+      unpack_rows(src, rows, channels, cols, static_cast<uint16_t*>(dst), row_stride, channel_stride,
+                  [](T x) { return to_bfloat16(static_cast<float>(x)); });
+      break;
+    case DType::kFloat16:
+      unpack_rows(src, rows, channels, cols, static_cast<_Float16*>(dst), row_stride, channel_stride,
+                  [](T x) { return static_cast<_Float16>(static_cast<float>(x)); });
+      break;
+  }
+}
+
+// Interleaves pairs of rows that are `step` apart: after steps 1, 2, 4 .. a square block is transposed.
+template <typename T, int64_t step>
+inline void transpose_step(vec<T>* rows) {
+  using bits = typename Vector<T>::bits;
+  constexpr int64_t lanes = Vector<T>::lanes;
+  bits low, high;
+  for (int64_t l = 0; l < lanes; ++l) {
+    low[l] = (l & step) ? l - step + lanes : l;
+    high[l] = (l & step) ? l + lanes : l + step;
+  }
+  for (int64_t r = 0; r < lanes; ++r) {
+    if (r & step) continue;
+    const vec<T> a = rows[r], b = rows[r + step];
+    rows[r] = __builtin_shuffle(a, b, low);
+    rows[r + step] = __builtin_shuffle(a, b, high);
+  }
+}
+
+template <typename T>
+void transpose(const T* src, int64_t rows, int64_t cols, T* dst) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  for (int64_t r = 0; r < rows; r += lanes) {
+    for (int64_t c = 0; c < cols; c += lanes) {
+      vec<T> block[lanes];
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < lanes; ++l) block[l] = load(src + (r + l) * cols + c);
+      transpose_step<T, 1>(block);
+      if constexpr (lanes > 2) transpose_step<T, 2>(block);
+      if constexpr (lanes > 4) transpose_step<T, 4>(block);
+      if constexpr (lanes > 8) transpose_step<T, 8>(block);
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < lanes; ++l) store(dst + (c + l) * rows + r, block[l]);
+    }
+  }
+}
+
+// Register tiles: as many accumulators as leave room for the operands.
+constexpr int kRegisters = LF_VECTOR_BYTES == 64 ? 32 : 16;
+constexpr int kKernelWidth = 2;
+constexpr int kKernelRows = kRegisters == 32 ? 12 : 5;
+constexpr int kProductRows = kRegisters == 32 ? 6 : 3;
+
+template <typename T, int J>
+inline void kernel_rows(const T* x, const T* y, int64_t y_stride, int64_t channels, T scale, T* out) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  for (int64_t i = 0; i < kTile; i += kKernelWidth * lanes) {
+    vec<T> sum[J][kKernelWidth] = {};
+    for (int64_t c = 0; c < channels; ++c) {
+      vec<T> here[kKernelWidth];
+#pragma GCC unroll 2
+      for (int u = 0; u < kKernelWidth; ++u) here[u] = load(x + c * kTile + i + u * lanes);
+#pragma GCC unroll 16
+      for (int j = 0; j < J; ++j) {
+        const T there = y[c * y_stride + j];
+#pragma GCC unroll 2
+        for (int u = 0; u < kKernelWidth; ++u) sum[j][u] += absolute<T>(here[u] - there);
+      }
+    }
+    const T factor = -1 / scale;
+    for (int j = 0; j < J; ++j) {
+      for (int u = 0; u < kKernelWidth; ++u) store(out + j * kTile + i + u * lanes, exponential(sum[j][u] * factor));
+    }
+  }
+}
+
+// Calls `run` with the fewest groups of at most Max that cover `count`, as equal as can be.
+template <int Max, typename Run>
+inline void in_groups(int64_t count, Run run) {
+  const int64_t groups = (count + Max - 1) / Max;
+  for (int64_t g = 0, first = 0; g < groups; ++g) {
+    const int64_t size = count / groups + (g < count % groups);
+    run(first, size);
+    first += size;
+  }
+}
+
+template <int N>
+struct Constant {};
+
+// Calls `run` with `size`, between 1 and Max, as a compile-time constant.
+template <int Max, typename Run>
+inline void with_constant(int64_t size, Run run) {
+  if constexpr (Max > 0) {
+    if (size == Max) {
+      run(Constant<Max>{});
+    } else {
+      with_constant<Max - 1>(size, run);
+    }
+  }
+}
+
+template <typename T>
+void kernel_tile(const T* x, const T* y, int64_t y_stride, int64_t channels, int64_t m, T scale, T* out) {
+  in_groups<kKernelRows>(m, [&](int64_t first, int64_t size) {
+    with_constant<kKernelRows>(size, [&]<int J>(Constant<J>) {
+      kernel_rows<T, J>(x, y + first, y_stride, channels, scale, out + first * kTile);
+    });
+  });
+}
+
+template <typename T, int R, int C>
+inline void product_block(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride,
+                          int64_t depth, bool accumulate) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  vec<T> sum[R][C] = {};
+  if (accumulate) {
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) sum[r][c] = load(out + r * out_stride + c * lanes);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    vec<T> row[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) row[c] = load(b + k * b_stride + c * lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const T factor = a[r * a_row + k * a_k];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sum[r][c] += factor * row[c];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) store(out + r * out_stride + c * lanes, sum[r][c]);
+}
+
+template <typename T>
+void product(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride, int64_t rows,
+             int64_t depth, int64_t cols, bool accumulate) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  in_groups<4>(cols / lanes, [&](int64_t first_vector, int64_t vectors) {
+    with_constant<4>(vectors, [&]<int C>(Constant<C>) {
+      const int64_t column = first_vector * lanes;
+      in_groups<kProductRows>(rows, [&](int64_t first, int64_t size) {
+        with_constant<kProductRows>(size, [&]<int R>(Constant<R>) {
+          product_block<T, R, C>(out + first * out_stride + column, out_stride, a + first * a_row, a_row, a_k, b + column, b_stride,
+                                 depth, accumulate);
+        });
+      });
+    });
+  });
+}
+
+template <typename T, int J>
+inline void sign_rows(const T* x, const T* y, const T* w, int64_t rows, int64_t cols, T* dx, T* dy) {
+  for (int64_t c = 0; c < cols; c += Vector<T>::lanes) {
+    vec<T> there[J], sum[J];
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j) {
+      there[j] = load(y + j * cols + c);
+      sum[j] = load(dy + j * cols + c);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const vec<T> here = load(x + i * cols + c);
+      vec<T> own = load(dx + i * cols + c);
+#pragma GCC unroll 16
+      for (int j = 0; j < J; ++j) {
+        const vec<T> t = signed_by<T>(here - there[j], w[j * kTile + i]);
+        own -= t;
+        sum[j] += t;
+      }
+      store(dx + i * cols + c, own);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j) store(dy + j * cols + c, sum[j]);
+  }
+}
+
+template <typename T>
+void sign_tile(const T* x, const T* y, const T* w, int64_t rows, int64_t m, int64_t cols, T* dx, T* dy) {
+  in_groups<kKernelRows>(m, [&](int64_t first, int64_t size) {
+    with_constant<kKernelRows>(size, [&]<int J>(Constant<J>) {
+      sign_rows<T, J>(x, y + first * cols, w + first * kTile, rows, cols, dx, dy + first * cols);
+    });
+  });
+}
+
+template <typename T>
+T floor_loop(int64_t steps) {
+  constexpr int count = kKernelRows * kKernelWidth;
+  vec<T> sum[count] = {};
+  vec<T> here = vec<T>{} + static_cast<T>(0.5);
+  for (int64_t s = 0; s < steps; ++s) {
+    const T there = static_cast<T>(s & 7);
+#pragma GCC unroll 32
+    for (int j = 0; j < count; ++j) {
+      sum[j] += absolute<T>(here - there);
+      asm volatile("" : "+v"(here));  // keeps the subtraction from being shared between the sums
+    }
+  }
+  T total = 0;
+  for (int j = 0; j < count; ++j)
+    for (int64_t l = 0; l < Vector<T>::lanes; ++l) total += sum[j][l];
+  return total;
+}
+
+template <typename T>
+constexpr Kernels<T> table() {
+  return {pack<T>, unpack<T>, transpose<T>, kernel_tile<T>, product<T>, sign_tile<T>, floor_loop<T>, kKernelRows * kKernelWidth * Vector<T>::lanes};
+}
+
+bool supported() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return true;
+#endif
+}
+
+}  // namespace
+
+extern const InstructionSet instructions;
+const InstructionSet instructions = {LF_STRING(LF_ISA), supported, table<float>(), table<double>()};
+
+}  // namespace LF_ISA
+}  // namespace lf
