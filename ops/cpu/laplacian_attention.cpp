@@ -34,28 +34,29 @@ struct Landmarks {
     parallel(shape.heads, [&](int64_t head) {
       T* packed = rows_ + head * shape.tiled_m * shape.cols;
       pack_rows<T>(landmarks, head, 0, shape.m, shape.tiled_m, packed);
-      kernels<T>().transpose(packed, shape.tiled_m, shape.cols, columns_ + head * shape.tiled_m * shape.cols);
+      kernels<T>().transpose(packed, shape.cols, shape.tiled_m, shape.cols, columns_ + head * shape.tiled_m * shape.cols, shape.tiled_m);
     });
   }
   const T* rows(int64_t head) const { return rows_ + head * shape.tiled_m * shape.cols; }
   // (cols, tiled_m)
   const T* columns(int64_t head) const { return columns_ + head * shape.tiled_m * shape.cols; }
 
-  // The kernel between a tile of `count` packed rows and the landmarks, (m, kTile), zero beyond `count`.
-  void tile(int64_t head, const T* rows, int64_t count, T scale, T* transposed, T* out) const {
-    kernels<T>().transpose(rows, kTile, shape.cols, transposed);
-    kernels<T>().kernel_tile(transposed, columns(head), shape.tiled_m, shape.channels, shape.m, scale, out);
+  // The kernel between a transposed tile of `count` points and the landmarks, (m, kTile), zero beyond `count`.
+  void tile(int64_t head, const T* transposed, int64_t count, T scale, const Ahead& ahead, T* out) const {
+    kernels<T>().kernel_tile(transposed, columns(head), shape.tiled_m, shape.channels, shape.m, scale, ahead, out);
     if (count == kTile) return;
     for (int64_t j = 0; j < shape.m; ++j) std::fill(out + j * kTile + count, out + (j + 1) * kTile, T{0});
   }
 
   // The kernel of the landmarks with themselves, (m, padded_m).
   void gram(int64_t head, T scale, T* out) const {
-    Scratch<T> transposed(kTile * shape.cols), columns(shape.m * kTile);
+    Scratch<T> columns(shape.m * kTile);
     std::fill_n(out, shape.m * shape.padded_m, T{0});
     for (int64_t first = 0; first < shape.m; first += kTile) {
       const int64_t count = std::min(kTile, shape.m - first);
-      tile(head, rows(head) + first * shape.cols, count, scale, transposed, columns);
+      Scratch<T> transposed(kTile * shape.cols);
+      kernels<T>().transpose(rows(head) + first * shape.cols, shape.cols, kTile, shape.cols, transposed, kTile);
+      tile(head, transposed, count, scale, {}, columns);
       for (int64_t j = 0; j < shape.m; ++j) std::copy_n(columns + j * kTile, count, out + j * shape.padded_m + first);
     }
   }
@@ -150,8 +151,11 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
       }
       for (int64_t i = 0; i < count; i += kTile) {
         const int64_t inside = std::min(kTile, count - i);
-        pack_rows<T>(k, head, first + i, inside, kTile, tile);
-        landmarks.tile(head, tile, inside, constants.scale, transposed, kernel);
+        transpose_tile<T>(k, head, first + i, inside, tile, transposed);
+        Ahead ahead;
+        ahead.add(rows_ahead(k, head, first + i + kTile, kTile));
+        ahead.add(rows_ahead(v, head, first + i + chunks.length, kTile));
+        landmarks.tile(head, transposed, inside, constants.scale, ahead, kernel);
         for (int64_t j = 0; j < shape.m; ++j) {
           T sum = 0;
           for (int64_t l = 0; l < inside; ++l) sum += kernel[j * kTile + l];
@@ -205,8 +209,11 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
       const T* mean = mean_values + head * shape.cols;
       for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
         const int64_t count = std::min(kTile, chunks.end(chunk) - first);
-        pack_rows<T>(q, head, first, count, kTile, tile);
-        landmarks.tile(head, tile, count, constants.scale, transposed, kernel);
+        transpose_tile<T>(q, head, first, count, tile, transposed);
+        Ahead ahead;
+        ahead.add(rows_ahead(q, head, first + kTile, kTile));
+        ahead.add(rows_ahead(out, head, first, kTile));
+        landmarks.tile(head, transposed, count, constants.scale, ahead, kernel);
         row_mass<T>(kernel, pooled.mass + head * shape.m, shape.m, constants.tau, mass, reciprocal);
         ops.product(tile, shape.cols, kernel, 1, kTile, values, shape.cols, kTile, shape.m, shape.cols, false);
         for (int64_t i = 0; i < count; ++i) {
@@ -258,13 +265,17 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
       for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
         const int64_t count = std::min(kTile, chunks.end(chunk) - first);
         pack_rows<T>(q, head, first, count, kTile, tile);
-        landmarks.tile(head, tile, count, constants.scale, transposed, kernel);
+        ops.transpose(tile, cols, kTile, cols, transposed, kTile);
+        Ahead ahead;
+        for (const View& wanted : {q, grad}) ahead.add(rows_ahead(wanted, head, first + kTile, kTile));
+        ahead.add(rows_ahead(dq, head, first, kTile));
+        landmarks.tile(head, transposed, count, constants.scale, ahead, kernel);
         row_mass<T>(kernel, column_mass, m, constants.tau, mass, reciprocal);
         pack_rows<T>(grad, head, first, count, kTile, grads);
         for (int64_t i = 0; i < count; ++i) {
           for (int64_t c = 0; c < cols; ++c) grad_sum[c] += grads[i * cols + c];
         }
-        ops.transpose(grads, kTile, cols, transposed);
+        ops.transpose(grads, cols, kTile, cols, transposed, kTile);
         ops.product(dkernel, kTile, values, cols, 1, transposed, kTile, m, channels, kTile, false);
         std::fill_n(dmass.get(), kTile, T{0});
         for (int64_t j = 0; j < m; ++j) {
@@ -358,12 +369,16 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
       for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
         const int64_t count = std::min(kTile, chunks.end(chunk) - first);
         pack_rows<T>(k, head, first, count, kTile, tile);
-        landmarks.tile(head, tile, count, constants.scale, transposed, kernel);
+        ops.transpose(tile, cols, kTile, cols, transposed, kTile);
+        Ahead ahead;
+        for (const View& wanted : {k, v}) ahead.add(rows_ahead(wanted, head, first + kTile, kTile));
+        for (const View& wanted : {dk, dv}) ahead.add(rows_ahead(wanted, head, first, kTile));
+        landmarks.tile(head, transposed, count, constants.scale, ahead, kernel);
         pack_rows<T>(v, head, first, count, kTile, values);
         for (int64_t i = 0; i < count; ++i) {
           for (int64_t c = 0; c < cols; ++c) values[i * cols + c] -= mean[c];
         }
-        ops.transpose(values, kTile, cols, transposed);
+        ops.transpose(values, cols, kTile, cols, transposed, kTile);
         ops.product(dkernel, kTile, head_dsums, cols, 1, transposed, kTile, m, channels, kTile, false);
         for (int64_t j = 0; j < m; ++j) {
           const T own = dmass[head * padded_m + j], column_mass = saved.mass[head * m + j];

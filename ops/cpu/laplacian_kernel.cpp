@@ -12,7 +12,7 @@ constexpr int64_t kBlock = 256;
 template <typename T>
 void pack_transposed(const View& y, int64_t head, T* rows, T* transposed) {
   pack_rows(y, head, 0, y.rows(), padded(y.rows()), rows);
-  kernels<T>().transpose(rows, padded(y.rows()), padded(y.channels()), transposed);
+  kernels<T>().transpose(rows, padded(y.channels()), padded(y.rows()), padded(y.channels()), transposed, padded(y.rows()));
 }
 
 template <typename T>
@@ -29,15 +29,21 @@ void forward(const View& x, const View& y, T scale, const View& out) {
     Scratch<T> rows(kTile * cols), here(kTile * cols), columns(kBlock * kTile), result(kBlock * kTile);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / tiles, first = item % tiles * kTile, count = std::min(kTile, x.rows() - first);
-      pack_rows<T>(x, head, first, count, kTile, rows);
-      k.transpose(rows, kTile, cols, here);
+      transpose_tile<T>(x, head, first, count, rows, here);
       for (int64_t j = 0; j < m; j += kBlock) {
-        const int64_t block = std::min(kBlock, m - j), padded_block = padded(block);
-        k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale, columns);
-        std::fill(columns + block * kTile, columns + padded_block * kTile, T{0});
-        k.transpose(columns, padded_block, kTile, result);
-        k.unpack(result, count, block, padded_block, out.row(head, first) + j * out.stride[3] * item_size(out.dtype), out.dtype,
-                 out.stride[2], out.stride[3]);
+        const int64_t block = std::min(kBlock, m - j);
+        const int64_t item_bytes = item_size(out.dtype);
+        char* to = out.row(head, first) + j * item_bytes;
+        Ahead ahead;
+        ahead.add(rows_ahead(x, head, first + kTile, kTile));
+        ahead.add({to, out.stride[2] * item_bytes, block * item_bytes, count});
+        k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale, ahead, columns);
+        if (holds<T>(out.dtype)) {
+          k.transpose(columns, kTile, block, count, reinterpret_cast<T*>(to), out.stride[2]);
+        } else {
+          k.transpose(columns, kTile, block, count, result, padded(block));
+          k.unpack(result, count, block, padded(block), to, out.dtype, out.stride[2], out.stride[3]);
+        }
       }
     }
   });
@@ -63,14 +69,19 @@ void backward(const View& grad, const View& x, const View& y, T scale, const Vie
       for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
         const int64_t count = std::min(kTile, chunks.end(chunk) - first);
         pack_rows<T>(x, head, first, count, kTile, rows);
-        k.transpose(rows, kTile, cols, here);
+        k.transpose(rows, cols, kTile, cols, here, kTile);
         drows.zeroed(kTile * cols);
         for (int64_t j = 0; j < m; j += kBlock) {
           const int64_t block = std::min(kBlock, m - j), padded_block = padded(block);
-          k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale, columns);
-          k.pack(grad.row(head, first) + j * grad.stride[3] * item_size(grad.dtype), grad.dtype, grad.stride[2], grad.stride[3], count,
+          const int64_t item_bytes = item_size(grad.dtype), row_bytes = grad.stride[2] * item_bytes;
+          const char* from = grad.row(head, first) + j * grad.stride[3] * item_bytes;
+          Ahead ahead;
+          ahead.add(rows_ahead(x, head, first + kTile, kTile));
+          ahead.add({from, row_bytes, grad.stride[3] == 1 ? block * item_bytes : 0, count});
+          k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale, ahead, columns);
+          k.pack(from, grad.dtype, grad.stride[2], grad.stride[3], count,
                  kTile, block, padded_block, grads);
-          k.transpose(grads, kTile, padded_block, weights);
+          k.transpose(grads, padded_block, kTile, padded_block, weights, kTile);
           for (int64_t i = 0; i < block * kTile; ++i) weights[i] *= columns[i] / scale;
           k.sign_tile(rows, there + (head * padded_m + j) * cols, weights, count, block, cols, drows, partial + j * cols);
         }

@@ -1,6 +1,7 @@
 // Scratch memory and torch's thread pool.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -64,6 +65,30 @@ template <typename T>
 void pack_rows(const View& from, int64_t head, int64_t first, int64_t rows, int64_t padded_rows, T* to) {
   kernels<T>().pack(from.row(head, first), from.dtype, from.stride[2], from.stride[3], rows, padded_rows, from.channels(),
                     padded(from.channels()), to);
+}
+
+// Up to `count` rows of a head, to prefetch; rows of scattered channels are left alone.
+inline Region rows_ahead(const View& view, int64_t head, int64_t first, int64_t count) {
+  const int64_t item = item_size(view.dtype), rows = view.stride[3] == 1 ? std::min(count, view.rows() - first) : 0;
+  return {view.row(head, first), view.stride[2] * item, view.channels() * item, rows};
+}
+
+// Whether values of this dtype are those computed with.
+template <typename T>
+bool holds(DType dtype) {
+  return dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
+}
+
+// A tile as (padded channels, kTile): straight from the tensor where its rows lie as packed ones do, else by way of `rows`.
+template <typename T>
+void transpose_tile(const View& from, int64_t head, int64_t first, int64_t count, T* rows, T* to) {
+  const int64_t cols = padded(from.channels());
+  if (count == kTile && holds<T>(from.dtype) && from.stride[3] == 1 && cols == from.channels()) {
+    kernels<T>().transpose(reinterpret_cast<const T*>(from.row(head, first)), from.stride[2], kTile, cols, to, kTile);
+  } else {
+    pack_rows<T>(from, head, first, count, kTile, rows);
+    kernels<T>().transpose(rows, cols, kTile, cols, to, kTile);
+  }
 }
 
 template <typename T>

@@ -10,12 +10,27 @@
 
 namespace lf {
 
-constexpr int64_t kTile = 64;
+constexpr int64_t kTile = 32;
 constexpr int64_t kAlign = 16;
 
 constexpr int64_t padded(int64_t n) {
   return (n + kAlign - 1) / kAlign * kAlign;
 }
+
+// Memory that the steps after this one will read or write: `rows` runs of `bytes`, `stride` bytes apart.
+struct Region {
+  const char* data;
+  int64_t stride, bytes, rows;
+};
+
+struct Ahead {
+  Region regions[4];
+  int count = 0;
+
+  void add(const Region& region) {
+    if (region.rows > 0 && region.bytes > 0) regions[count++] = region;
+  }
+};
 
 template <typename T>
 struct Kernels {
@@ -25,10 +40,11 @@ struct Kernels {
   // The reverse, rounding once.
   void (*unpack)(const T* src, int64_t rows, int64_t channels, int64_t cols, void* dst, DType dtype, int64_t row_stride,
                  int64_t channel_stride);
-  // (rows, cols) into (cols, rows), both multiples of kAlign.
-  void (*transpose)(const T* src, int64_t rows, int64_t cols, T* dst);
+  // (rows, cols) into (cols, rows), strides and sizes of any kind; each row of src is readable up to the next multiple of kAlign.
+  void (*transpose)(const T* src, int64_t src_stride, int64_t rows, int64_t cols, T* dst, int64_t dst_stride);
   // out[j][i] = exp(-|x_i - y_j|_1 / scale): x (channels, kTile) and y (channels, y_stride) transposed, out (m, kTile).
-  void (*kernel_tile)(const T* x, const T* y, int64_t y_stride, int64_t channels, int64_t m, T scale, T* out);
+  // Meanwhile `ahead` comes into the cache.
+  void (*kernel_tile)(const T* x, const T* y, int64_t y_stride, int64_t channels, int64_t m, T scale, const Ahead& ahead, T* out);
   // out[r][c] (+)= sum_k a[r * a_row + k * a_k] b[k][c]; cols a multiple of kAlign.
   void (*product)(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride, int64_t rows,
                   int64_t depth, int64_t cols, bool accumulate);

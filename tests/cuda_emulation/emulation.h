@@ -5,8 +5,8 @@
 // stack of its own, switched at barriers and warp operations only. The toolkit's headers supply the types; libcudart is not needed.
 //
 // Environment:
-//   LF_EMULATION_ORDER         forward (default), reverse or random: the order in which blocks, and the threads that can go on, are visited.
-//                              A kernel that lacks a barrier gives different results in different orders.
+//   LF_EMULATION_ORDER         forward (default), reverse or random: the order in which blocks, and the threads that can go on, are
+//                              visited. A kernel that lacks a barrier gives different results in different orders.
 //   LF_EMULATION_SHARED_BYTES  the most shared memory a block may ask for (default 232448).
 
 #include <cuda_runtime.h>
@@ -74,7 +74,8 @@
 #ifndef __noinline__
 #define __noinline__
 #endif
-// The toolkit's host headers leave it empty, which would give every thread a copy. One block runs at a time, so static storage serves.
+// The toolkit's host headers leave it empty, which would give every thread a copy. One block runs at a time, so static storage serves;
+// unlike dynamic shared memory it keeps what the block before left there.
 #undef __shared__
 #define __shared__ static
 
@@ -136,7 +137,8 @@ struct Context {
 #define LF_EMULATION_OPAQUE gnu::noipa
 #endif
 
-// Opaque to the optimiser, which must not conclude from the few instructions here that a call leaves other registers and memory as they were.
+// Opaque to the optimiser, which must not conclude from the few instructions here that a call leaves other registers and memory as they
+// were.
 [[gnu::naked, LF_EMULATION_OPAQUE]] inline void switch_stack(void** /* save */, void* /* load */) {
     asm("pushq %rbp\n\t"
         "pushq %rbx\n\t"
@@ -446,8 +448,8 @@ inline void check_guards() {
         const unsigned char* behind = end + i;
         const bool wrong_before = *before != guard_value(before);
         if (!wrong_before && *behind == guard_value(behind)) continue;
-        fail("block (%u, %u, %u) wrote %s its %zu bytes of dynamic shared memory, %zu bytes %s", block_index.x, block_index.y, block_index.z,
-             wrong_before ? "before" : "behind", engine.shared_bytes, i + wrong_before, wrong_before ? "before the start" : "past the end");
+        fail("block (%u, %u, %u) wrote outside its %zu bytes of dynamic shared memory, %zu bytes %s", block_index.x, block_index.y,
+             block_index.z, engine.shared_bytes, i + wrong_before, wrong_before ? "before the start" : "past the end");
     }
 }
 
@@ -477,14 +479,20 @@ inline void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const void
     if (launching) fail("launch inside a kernel");
     const std::lock_guard lock(engine.mutex);
     const std::size_t threads = std::size_t{block.x} * block.y * block.z;
-    if (threads == 0 || threads > max_threads || block.z > 64) fail("a block of (%u, %u, %u) threads", block.x, block.y, block.z);
+    if (threads == 0 || threads > max_threads || block.z > 64) {
+        fail("cannot launch a block of (%u, %u, %u) threads", block.x, block.y, block.z);
+    }
     const std::size_t blocks = std::size_t{grid.x} * grid.y * grid.z;
-    if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) fail("a grid of (%u, %u, %u)", grid.x, grid.y, grid.z);
-    if (shared_bytes > max_shared_bytes()) fail("%zu bytes of shared memory, and there are %zu", shared_bytes, max_shared_bytes());
+    if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+        fail("cannot launch a grid of (%u, %u, %u) blocks", grid.x, grid.y, grid.z);
+    }
+    if (shared_bytes > max_shared_bytes()) {
+        fail("cannot launch with %zu bytes of shared memory, there are %zu", shared_bytes, max_shared_bytes());
+    }
     if (kernel && shared_bytes > shared_bytes_without_opt_in) {
         const auto granted = engine.granted_shared_bytes.find(kernel);
         if (granted == engine.granted_shared_bytes.end() || granted->second < shared_bytes) {
-            fail("%zu bytes of shared memory without cudaFuncAttributeMaxDynamicSharedMemorySize", shared_bytes);
+            fail("cannot launch with %zu bytes of shared memory without cudaFuncAttributeMaxDynamicSharedMemorySize", shared_bytes);
         }
     }
 
@@ -652,8 +660,8 @@ inline double max(float a, double b) { return std::fmax(static_cast<double>(a), 
 inline double min(double a, float b) { return std::fmin(a, static_cast<double>(b)); }
 inline double max(double a, float b) { return std::fmax(a, static_cast<double>(b)); }
 
-// The runtime functions that cuda_runtime.h declares; hidden by attribute, as the pragma does not change what is declared already. A libcudart
-// in the process is neither called nor replaced.
+// The runtime functions that cuda_runtime.h declares; hidden by attribute, as the pragma does not change what is declared already. A
+// libcudart in the process is neither called nor replaced.
 [[gnu::visibility("hidden")]] inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 [[gnu::visibility("hidden")]] inline const char* cudaGetErrorString(cudaError_t error) {

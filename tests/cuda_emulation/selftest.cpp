@@ -301,8 +301,9 @@ void test_runtime_functions() {
     emulation::launch(fill_shared, 2, 32, 232448, 232448u);
     setenv("LF_EMULATION_SHARED_BYTES", "101376", 1);
     assert(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) == cudaSuccess && value == 101376);
-    assert(cudaFuncSetAttribute(reinterpret_cast<const void*>(fill_shared), cudaFuncAttributeMaxDynamicSharedMemorySize, 232448) != cudaSuccess);
-    expect_abort("232448 bytes of shared memory, and there are 101376", [] { emulation::launch(fill_shared, 1, 32, 232448, 232448u); });
+    const void* untyped = reinterpret_cast<const void*>(fill_shared);
+    assert(cudaFuncSetAttribute(untyped, cudaFuncAttributeMaxDynamicSharedMemorySize, 232448) != cudaSuccess);
+    expect_abort("232448 bytes of shared memory, there are 101376", [] { emulation::launch(fill_shared, 1, 32, 232448, 232448u); });
     unsetenv("LF_EMULATION_SHARED_BYTES");
     expect_abort("a block of (1025, 1, 1)", [] { emulation::launch(fill_shared, 1, 1025, 0, 0u); });
     expect_abort("a grid of (0, 1, 1)", [] { emulation::launch(fill_shared, 0, 32, 0, 0u); });
