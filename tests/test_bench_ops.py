@@ -102,7 +102,7 @@ def test_table_has_a_row_for_every_case(quick_run):
     printed, found, _ = quick_run
     assert found["device_name"] in printed.splitlines()[0]
     for op in ("laplacian_kernel", "newton_schulz_inverse", "laplacian_attention"):
-        _, heading, rule, *rows = printed.split(f"### {op}")[1].split("\n\n")[1].join("\n\n").splitlines()
+        heading, rule, *rows = printed.split(f"### {op}\n\n")[1].split("\n\n")[0].splitlines()
         cases = {(record["stage"], record["pass"]) for record in found["results"] if record["op"] == op}
         assert len(rows) == len(cases)
         assert {line.count("|") for line in (heading, rule, *rows)} == {heading.count("|")}
@@ -210,7 +210,7 @@ def test_a_wrong_contender_is_not_timed_and_ends_with_an_error(bench, monkeypatc
     assert "| wrong: error " in captured.out
     assert captured.err.startswith("error: native laplacian_kernel (forward) at 64x96, stage 1, 49 landmarks: wrong: error ")
     (wrong,) = [record for record in json.loads(path.read_text())["results"] if record["contender"] == "native"]
-    assert wrong["median_ms"] is None
+    assert wrong["median_ms"] is wrong["ratio_to_native"] is None
     assert wrong["obstacle"].startswith("wrong: ")
 
 
@@ -238,6 +238,22 @@ def test_a_failed_compilation_is_an_entry(bench, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", fail)
     assert bench.main([*KERNEL_ALONE, "--contenders", "reference", "compile"]) == 0
     assert "| failed: backend='inductor' raised: no compiler / found |" in capsys.readouterr().out
+
+
+def test_the_compiled_reference_is_compared_and_timed(bench, tmp_path):
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        pytest.skip("torch.compile finds no C++ compiler")
+    path = tmp_path / "found.json"
+    assert bench.main([*KERNEL_ALONE, "--contenders", "reference", "compile", "--json", str(path)]) == 0
+    _, compiled = json.loads(path.read_text())["results"]
+    assert compiled["obstacle"] is None
+    assert compiled["max_relative_error"] <= compiled["tolerance"]
+    assert 0 < compiled["median_ms"] < compiled["compile_seconds"] * 1e3
 
 
 def test_compilation_has_a_time_limit(bench):

@@ -447,7 +447,7 @@ def measure(case: Case, names: list[str], args: argparse.Namespace) -> tuple[dic
 
 
 def records(case: Case, contenders: dict[str, Contender], yardstick: Yardstick | None) -> list[dict]:
-    """The case as JSON: one object per contender."""
+    """The case as JSON: one object per contender. What was not measured is null, and so is an infinite error."""
     native_median = contenders["native"].median if "native" in contenders else None
     floor_median = contenders["floor"].median if "floor" in contenders else None
     rows = []
@@ -476,7 +476,7 @@ def records(case: Case, contenders: dict[str, Contender], yardstick: Yardstick |
                 "ratio_to_native": median and native_median and median / native_median,
                 "ratio_to_floor": median / floor_median if name == "native" and median and floor_median else None,
                 "peak_bytes": contender.peak_bytes,
-                "max_relative_error": contender.error,
+                "max_relative_error": contender.error if contender.error is not None and math.isfinite(contender.error) else None,
                 "tolerance": yardstick.tolerance if checked else None,
                 "checked_against": yardstick.dtype if checked else None,
                 "compile_seconds": contender.compile_seconds,

@@ -1,0 +1,222 @@
+#include "laplacian_kernel.cuh"
+
+namespace lf {
+namespace {
+
+template <typename T>
+struct ForwardArguments {
+  View x, y, out;
+  T scale;
+  int groups_per_round, rounds;
+  int64_t tiles;
+};
+
+template <typename T, int DK>
+__global__ void __launch_bounds__(kThreads, 2) forward(const ForwardArguments<T> a) {
+  LF_SHARED_MEMORY(memory);
+  Four<T>* tokens = reinterpret_cast<Four<T>*>(memory);
+  Four<T>* landmarks = tokens + kQuads<DK> * kTokenStride<T>;
+  T* columns = reinterpret_cast<T*>(landmarks + a.groups_per_round * kGroup * kQuads<DK>);
+  const int64_t head = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * kTokens<T>;
+  const Rows x = Rows::of(a.x, head), y = Rows::of(a.y, head), out = Rows::of(a.out, head);
+  const int m = static_cast<int>(a.y.size[2]), count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.x.size[2] - first));
+  const int per_round = a.groups_per_round * kGroup;
+  load_tokens<T, DK>(x, first, count, tokens);
+  for (int round = 0; round < a.rounds; ++round) {
+    const Group group(round, a.groups_per_round, m);
+    load_landmarks<T, DK>(y, round * per_round, per_round, m, landmarks);
+    __syncthreads();
+    if (group.count > 0) {
+      Columns<T> values;
+      kernel_columns<T, DK>(tokens, landmarks + group.row * kQuads<DK>, x.channels, count, group.count, a.scale, values);
+      put_columns<T>(values, columns + group.row * kColumnStride<T>);
+    }
+    __syncthreads();
+    const int width = min(per_round, m - round * per_round);
+    for (int index = threadIdx.x; index < count * width; index += kThreads) {
+      const int token = index / width, column = index % width;
+      store<T>(out.at(first + token, round * per_round + column), out.dtype, columns[column * kColumnStride<T> + token]);
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T>
+struct BackwardArguments {
+  View grad, x, y, dx;
+  T scale;
+  int groups_per_round, rounds;
+  Cut cut;
+  T* partials;  // (heads, chunks, m, channels)
+};
+
+template <typename T, int DK>
+__global__ void __launch_bounds__(kThreads, 2) backward(const BackwardArguments<T> a) {
+  LF_SHARED_MEMORY(memory);
+  Four<T>* tokens = reinterpret_cast<Four<T>*>(memory);
+  Four<T>* dtokens = tokens + kQuads<DK> * kTokenStride<T>;
+  Four<T>* landmarks = dtokens + kQuads<DK> * kTokenStride<T>;
+  T* columns = reinterpret_cast<T*>(landmarks + a.groups_per_round * kGroup * kQuads<DK>);
+  const int lane = threadIdx.x % kWarp;
+  const int64_t head = blockIdx.x / a.cut.chunks, chunk = blockIdx.x % a.cut.chunks;
+  const Rows grad = Rows::of(a.grad, head), x = Rows::of(a.x, head), y = Rows::of(a.y, head), dx = Rows::of(a.dx, head);
+  const int m = static_cast<int>(a.y.size[2]), per_round = a.groups_per_round * kGroup;
+  T* partial = a.partials + blockIdx.x * static_cast<int64_t>(m) * x.channels;
+  for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
+    const int64_t first = (chunk * a.cut.tiles_per_chunk + tile) * kTokens<T>;
+    if (first >= a.cut.tokens) break;
+    const int count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.cut.tokens - first));
+    __syncthreads();
+    load_tokens<T, DK>(x, first, count, tokens);
+    clear_tokens<T, DK>(dtokens);
+    for (int round = 0; round < a.rounds; ++round) {
+      const Group group(round, a.groups_per_round, m);
+      load_landmarks<T, DK>(y, round * per_round, per_round, m, landmarks);
+      const int width = min(per_round, m - round * per_round);
+      for (int index = threadIdx.x; index < kTokens<T> * width; index += kThreads) {
+        const int token = index / width, column = index % width;
+        columns[column * kColumnStride<T> + token] =
+            token < count ? load<T>(grad.at(first + token, round * per_round + column), grad.dtype) : T{0};
+      }
+      __syncthreads();
+      T* own = columns + group.row * kColumnStride<T>;
+      if (group.count > 0) {
+        Columns<T> values;
+        kernel_columns<T, DK>(tokens, landmarks + group.row * kQuads<DK>, x.channels, count, group.count, a.scale, values);
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+          for (int i = 0; i < kPerLane<T>; ++i) {
+            const T upstream = j < group.count ? own[j * kColumnStride<T> + lane + i * kWarp] : T{0};
+            values[j][i] *= upstream / a.scale;
+          }
+        }
+        put_columns<T>(values, own);
+        __syncwarp();
+      }
+      T sums[kGroup][DK];
+      sign_gradients<T, DK>(own, tokens, landmarks + group.row * kQuads<DK>, group.count > 0, dtokens, sums);
+      if (group.count > 0) add_rows<T, DK>(sums, group, x.channels, tile == 0, partial);
+    }
+    store_tokens<T, DK>(dtokens, dx, first, count);
+  }
+}
+
+constexpr int kSlices = 8;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) reduce_partials(const Reduction<T> a) {
+  __shared__ T parts[kSlices][kWarp];
+  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
+  const int64_t blocks = (a.size + kWarp - 1) / kWarp, head = blockIdx.x / blocks, index = blockIdx.x % blocks * kWarp + lane;
+  T sum = 0;
+  if (index < a.size) {
+    const T* from = a.partials + head * a.chunks * a.stride + index;
+    for (int64_t chunk = slice; chunk < a.chunks; chunk += kSlices) sum += from[chunk * a.stride];
+  }
+  parts[slice][lane] = sum;
+  __syncthreads();
+  if (slice > 0 || index >= a.size) return;
+#pragma unroll
+  for (int s = 1; s < kSlices; ++s) sum += parts[s][lane];
+  if (a.more) sum += a.more[head * a.size + index];
+  if (a.and_more) sum += a.and_more[head * a.size + index];
+  if (a.sums) {
+    a.sums[head * a.size + index] = sum;
+  } else {
+    const Rows out = Rows::of(a.out, head);
+    store<T>(out.at(index / out.channels, static_cast<int>(index % out.channels)), out.dtype, sum);
+  }
+}
+
+Tensor laplacian_kernel(const Tensor& x, const Tensor& y, double scale) {
+  check_points(x, y, "x and y");
+  const OnDeviceOf guard(x);
+  Tensor out = empty({x.size(0), x.size(1), x.size(2), y.size(2)}, x.scalar_type(), x);
+  kernel_matrix(x, y, scale, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> laplacian_kernel_backward(const Tensor& grad, const Tensor& x, const Tensor& y, double scale) {
+  check_points(x, y, "x and y");
+  check_same(grad, x, 0, 3, "the gradient and x");
+  STD_TORCH_CHECK(grad.size(3) == y.size(2), "lf_dense: the gradient of the kernel has ", grad.size(3), " columns for ", y.size(2), " points.");
+  const OnDeviceOf guard(x);
+  Tensor dx = empty_tokens(x), dy = empty_tokens(y);
+  kernel_gradients(grad, x, y, scale, dx, dy);
+  return {dx, dy};
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) floor_loop(int64_t steps, float* out) {
+  constexpr int count = 16;
+  float sum[count] = {};
+  float here = static_cast<float>(threadIdx.x);
+  for (int64_t step = 0; step < steps; ++step) {
+    const float there = static_cast<float>(step & 7);
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      sum[j] += fabsf(here - (there + j));
+#if !defined(LF_CUDA_EMULATION)
+      asm volatile("" : "+f"(here));  // keeps the subtraction from being shared between the sums
+#endif
+    }
+  }
+  float total = 0;
+#pragma unroll
+  for (int j = 0; j < count; ++j) total += sum[j];
+  if (total == -1.0f || (blockIdx.x == 0 && threadIdx.x == 0)) *out = total;
+}
+
+Tensor arithmetic_floor(const Tensor& like, int64_t pairs) {
+  const OnDeviceOf guard(like);
+  Tensor out = empty({1}, ScalarType::Float, like);
+  int device = 0, processors = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  const int64_t blocks = processors * 4, steps = std::max<int64_t>(1, pairs / (16 * kThreads * blocks));
+  launch(floor_loop<float>, blocks, kThreads, 0, like, steps, data<float>(out));
+  return out;
+}
+
+}  // namespace
+
+void kernel_matrix(const Tensor& x, const Tensor& y, double scale, const Tensor& out) {
+  with_tiling(x, [&]<typename T, int DK>() {
+    ForwardArguments<T> a{view(x), view(y), view(out), static_cast<T>(scale), 0, 0, (x.size(2) + kTokens<T> - 1) / kTokens<T>};
+    a.groups_per_round = groups_that_fit(y.size(2), kTokenBytes<T, DK>, kLandmarkBytes<T, DK> + kColumnBytes<T>);
+    a.rounds = rounds_of(y.size(2), a.groups_per_round);
+    const int64_t bytes = kTokenBytes<T, DK> + a.groups_per_round * (kLandmarkBytes<T, DK> + kColumnBytes<T>);
+    launch(forward<T, DK>, a.x.heads() * a.tiles, kThreads, bytes, x, a);
+  });
+}
+
+void kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& y, double scale, const Tensor& dx, const Tensor& dy) {
+  with_tiling(x, [&]<typename T, int DK>() {
+    const int64_t heads = x.size(0) * x.size(1), m = y.size(2), channels = x.size(3);
+    const Cut cut = Cut::of<T>(x.size(2));
+    Tensor partials = empty({heads, cut.chunks, m, channels}, compute_type(x), x);
+    BackwardArguments<T> a{view(grad), view(x), view(y), view(dx), static_cast<T>(scale), 0, 0, cut, data<T>(partials)};
+    const int64_t fixed = 2 * kTokenBytes<T, DK>, per_group = kLandmarkBytes<T, DK> + kColumnBytes<T>;
+    a.groups_per_round = groups_that_fit(m, fixed, per_group);
+    a.rounds = rounds_of(m, a.groups_per_round);
+    launch(backward<T, DK>, heads * cut.chunks, kThreads, fixed + a.groups_per_round * per_group, x, a);
+    reduce<T>({data<T>(partials), heads, cut.chunks, m * channels, m * channels, nullptr, nullptr, nullptr, view(dy)}, x);
+  });
+}
+
+template <typename T>
+void reduce(const Reduction<T>& reduction, const Tensor& like) {
+  launch(reduce_partials<T>, reduction.heads * ((reduction.size + kWarp - 1) / kWarp), kThreads, 0, like, reduction);
+}
+
+template void reduce<float>(const Reduction<float>&, const Tensor&);
+template void reduce<double>(const Reduction<double>&, const Tensor&);
+
+}  // namespace lf
+
+LF_IMPLEMENT(LF_CUDA_KEY, m) {
+  m.impl("laplacian_kernel", TORCH_BOX(&lf::laplacian_kernel));
+  m.impl("laplacian_kernel_backward", TORCH_BOX(&lf::laplacian_kernel_backward));
+  m.impl("arithmetic_floor", TORCH_BOX(&lf::arithmetic_floor));
+}

@@ -1,0 +1,98 @@
+#include "matrix.cuh"
+
+namespace lf {
+namespace {
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) invert_small(const T* w, int m, int iters, double eps, T* inverse) {
+  LF_SHARED_MEMORY(memory);
+  T* packed = reinterpret_cast<T*>(memory);
+  const int side = padded_to_four(m);
+  const int64_t offset = static_cast<int64_t>(blockIdx.x) * m * m;
+  for (int index = threadIdx.x; index < side * side; index += kThreads) {
+    const int row = index / side, column = index % side;
+    packed[index] = row < m && column < m ? w[offset + row * m + column] : T{0};
+  }
+  __syncthreads();
+  invert_shared<T>(packed, m, iters, eps, inverse + offset);
+}
+
+// One block a matrix: w + eps I, its largest row sum, and the start of the iteration.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) start_large(const T* w, int64_t m, double eps, T* ridged, T* bound, T* x) {
+  __shared__ T largest[kThreads];
+  const int64_t offset = blockIdx.x * m * m;
+  T own = 0;
+  for (int64_t row = threadIdx.x; row < m; row += kThreads) {
+    T sum = static_cast<T>(eps);
+    for (int64_t column = 0; column < m; ++column) sum += w[offset + row * m + column];
+    own = sum > own || sum != sum ? sum : own;
+  }
+  largest[threadIdx.x] = own;
+  __syncthreads();
+  T all = largest[0];
+  for (int i = 1; i < kThreads; ++i) all = largest[i] > all || largest[i] != largest[i] ? largest[i] : all;
+  if (threadIdx.x == 0) bound[blockIdx.x] = all;
+  const T start = step_factor<T>(all, eps, 0) / all;
+  for (int64_t index = threadIdx.x; index < m * m; index += kThreads) {
+    const bool diagonal = index / m == index % m;
+    ridged[offset + index] = w[offset + index] + (diagonal ? static_cast<T>(eps) : T{0});
+    x[offset + index] = diagonal ? start : T{0};
+  }
+}
+
+template <typename T>
+void invert_large(const T* w, int64_t batch, int64_t m, int64_t iters, double eps, T* inverse, const Tensor& like) {
+  const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  Tensor ridged = empty({batch, m, m}, type, like), y = empty({batch, m, m}, type, like), first = empty({batch, m, m}, type, like);
+  Tensor second = empty({batch, m, m}, type, like), bound = empty({batch}, type, like);
+  T *x = data<T>(first), *next = data<T>(second);
+  launch(start_large<T>, batch, kThreads, 0, like, w, m, eps, data<T>(ridged), data<T>(bound), x);
+  for (int step = 1; step <= iters; ++step) {
+    Product<T> residual = square_product<T>(data<T>(ridged), x, data<T>(y), m);
+    residual.alpha = -1, residual.diagonal = 2;
+    multiply<T>(residual, batch, like);
+    Product<T> update = square_product<T>(x, data<T>(y), next, m);
+    update.bound = data<T>(bound), update.eps = eps, update.step = step;
+    multiply<T>(update, batch, like);
+    std::swap(x, next);
+  }
+  Product<T> residual = square_product<T>(data<T>(ridged), x, data<T>(y), m);
+  residual.alpha = -1, residual.diagonal = 1;
+  multiply<T, double>(residual, batch, like);
+  Product<T> update = square_product<T>(x, data<T>(y), inverse, m);
+  update.plus = x;
+  multiply<T>(update, batch, like);
+}
+
+Tensor newton_schulz_inverse(const Tensor& w, int64_t iters, double eps) {
+  STD_TORCH_CHECK(w.dim() >= 2 && w.size(-1) == w.size(-2), "lf_dense: the solver takes square matrices.");
+  const ScalarType type = w.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "lf_dense: the solver runs in float32 or float64: widen its input.");
+  const OnDeviceOf guard(w);
+  Tensor packed = torch::stable::contiguous(w), out = torch::stable::empty_like(packed);
+  const int64_t m = w.size(-1), batch = m ? w.numel() / (m * m) : 0;
+  with_compute_type(w, [&]<typename T>(T) { invert<T>(data<T>(packed), batch, m, iters, eps, data<T>(out), w); });
+  return out;
+}
+
+}  // namespace
+
+template <typename T>
+void invert(const T* w, int64_t batch, int64_t m, int64_t iters, double eps, T* inverse, const Tensor& like) {
+  const int64_t bytes = solver_bytes<T>(m, static_cast<int>(iters));
+  if (bytes <= shared_memory_limit()) {
+    launch(invert_small<T>, batch, kThreads, bytes, like, w, m, iters, eps, inverse);
+  } else {
+    invert_large<T>(w, batch, m, iters, eps, inverse, like);
+  }
+}
+
+template void invert<float>(const float*, int64_t, int64_t, int64_t, double, float*, const Tensor&);
+template void invert<double>(const double*, int64_t, int64_t, int64_t, double, double*, const Tensor&);
+
+}  // namespace lf
+
+LF_IMPLEMENT(LF_CUDA_KEY, m) {
+  m.impl("newton_schulz_inverse", TORCH_BOX(&lf::newton_schulz_inverse));
+}
