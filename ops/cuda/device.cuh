@@ -72,6 +72,11 @@ struct alignas(16) Four {
 };
 
 template <typename T>
+struct alignas(2 * sizeof(T)) Two {
+  T at[2];
+};
+
+template <typename T>
 __device__ inline T load(const char* address, DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
@@ -133,9 +138,13 @@ struct Rows {
       result.at[0] = all.x, result.at[1] = all.y, result.at[2] = all.z, result.at[3] = all.w;
     } else if (together && dtype != DType::kFloat64) {
       const uint2 all = *reinterpret_cast<const uint2*>(address);
-      const char* bytes = reinterpret_cast<const char*>(&all);
+      const unsigned words[2] = {all.x, all.y};
 #pragma unroll
-      for (int u = 0; u < 4; ++u) result.at[u] = load<T>(bytes + 2 * u, dtype);
+      for (int u = 0; u < 4; ++u) {
+        const unsigned short bits = static_cast<unsigned short>(words[u / 2] >> (16 * (u % 2)));
+        const bool wide_range = dtype == DType::kBFloat16;
+        result.at[u] = static_cast<T>(wide_range ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits)));
+      }
     } else {
 #pragma unroll
       for (int u = 0; u < 4; ++u) result.at[u] = channel + u < channels ? load<T>(at(row, channel + u), dtype) : T{0};

@@ -47,7 +47,7 @@ __device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, T* mem
 }
 
 template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, 2) stream_keys(const KeyArguments<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(const KeyArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   if (blockIdx.x < a.solver_blocks) {
     solve_head<T>(a, blockIdx.x, reinterpret_cast<T*>(memory));
@@ -222,7 +222,7 @@ __device__ inline T reciprocal_mass(T mass, T tau) {
 }
 
 template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, 2) stream_queries(const QueryArguments<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_queries(const QueryArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   Four<T>* queries = reinterpret_cast<Four<T>*>(memory);
   Four<T>* landmarks = queries + kQuads<DK> * kTokenStride<T>;
@@ -291,7 +291,7 @@ struct QueryGradientArguments {
 };
 
 template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, 2) query_gradients(const QueryGradientArguments<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) query_gradients(const QueryGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   Four<T>* queries = reinterpret_cast<Four<T>*>(memory);
   Four<T>* grads = queries + kQuads<DK> * kTokenStride<T>;
@@ -424,7 +424,7 @@ struct KeyGradientArguments {
 };
 
 template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, 2) key_gradients(const KeyGradientArguments<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) key_gradients(const KeyGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   Four<T>* keys = reinterpret_cast<Four<T>*>(memory);
   Four<T>* values = keys + kQuads<DK> * kTokenStride<T>;

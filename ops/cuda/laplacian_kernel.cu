@@ -12,7 +12,7 @@ struct ForwardArguments {
 };
 
 template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, 2) forward(const ForwardArguments<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) forward(const ForwardArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   Four<T>* tokens = reinterpret_cast<Four<T>*>(memory);
   Four<T>* landmarks = tokens + kQuads<DK> * kTokenStride<T>;
@@ -51,7 +51,7 @@ struct BackwardArguments {
 };
 
 template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, 2) backward(const BackwardArguments<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(const BackwardArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   Four<T>* tokens = reinterpret_cast<Four<T>*>(memory);
   Four<T>* dtokens = tokens + kQuads<DK> * kTokenStride<T>;

@@ -18,6 +18,10 @@ constexpr int kTokenStride = kTokens<T> + 1;
 template <typename T>
 constexpr int kColumnStride = kTokens<T> + 4;
 
+// Two blocks share a multiprocessor where shared memory lets them; else one may have all the registers.
+template <typename T, int DK>
+constexpr int kBlocksTogether = sizeof(T) == 4 && DK <= 2 ? 2 : 1;
+
 // Channels come in DK vectors of 32; `kQuads` Fours of them.
 template <int DK>
 constexpr int kQuads = 8 * DK;
@@ -230,12 +234,13 @@ __device__ inline void sign_gradients(const T* columns, Four<T>* tokens, const F
   for (int turn = 0; turn < kWarps; ++turn) {
     const int first = (warp + turn) % kWarps * kOwn<T>;
     if (active) {
-      for (int i = 0; i < kOwn<T>; i += 4) {
-        Four<T> weights[kGroup];
+      // Two tokens at a time: four would not leave registers for the landmarks.
+      for (int i = 0; i < kOwn<T>; i += 2) {
+        Two<T> weights[kGroup];
 #pragma unroll
-        for (int j = 0; j < kGroup; ++j) weights[j] = *reinterpret_cast<const Four<T>*>(columns + j * kColumnStride<T> + first + i);
+        for (int j = 0; j < kGroup; ++j) weights[j] = *reinterpret_cast<const Two<T>*>(columns + j * kColumnStride<T> + first + i);
 #pragma unroll
-        for (int u = 0; u < 4; ++u) {
+        for (int u = 0; u < 2; ++u) {
 #pragma unroll
           for (int k = 0; k < DK; ++k) {
             const T here = token_channel(tokens, first + i + u, lane + k * kWarp);
@@ -339,8 +344,6 @@ void with_tiling(const Tensor& points, const Run& run) {
     run.template operator()<float, 1>();
   } else if (vectors == 2) {
     run.template operator()<float, 2>();
-  } else if (vectors == 3) {
-    run.template operator()<float, 3>();
   } else {
     run.template operator()<float, 4>();
   }
