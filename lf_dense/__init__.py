@@ -8,6 +8,7 @@ from importlib.util import find_spec as _find_spec
 from .attention import LaplacianAttention
 from .backends import use_backend
 from .functional import laplacian_attention, laplacian_kernel, newton_schulz_inverse
+from .native import build_info
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "LaplacianAttention",
     "LaplacianFormer",
     "__version__",
+    "build_info",
     "laplacian_attention",
     "laplacian_kernel",
     "newton_schulz_inverse",

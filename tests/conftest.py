@@ -3,8 +3,11 @@
 import os
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
+
+from lf_dense import native, use_backend
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +28,25 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("the shared data is not there: set LF_DENSE_DATA to its folder")
     return path
+
+
+BACKENDS = ["reference-cpu", "native-cpu", "emulated-cpu"]
+if torch.cuda.is_available():
+    BACKENDS += ["reference-cuda", "native-cuda"]
+
+
+@pytest.fixture(params=BACKENDS)
+def each_backend(request, monkeypatch):
+    """Runs a test on every backend and device there is; new tensors are made on that device."""
+    backend, device = request.param.split("-")
+    if backend == "emulated":
+        emulated.install(monkeypatch)
+        backend = "native"
+    elif backend == "native" and native.library_obstacle(device):
+        pytest.skip(f"no native operators: {native.library_obstacle(device)}")
+    previous = torch.get_default_device()
+    torch.set_default_device(device)
+    torch.manual_seed(0)
+    with use_backend(backend):
+        yield request.param
+    torch.set_default_device(previous)

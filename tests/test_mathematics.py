@@ -1,9 +1,8 @@
-"""The mathematics against METHOD.md written out literally, with its N x N matrices."""
+"""The mathematics of every backend against METHOD.md written out literally, with its N x N matrices."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from literal import EPS, exact_inverse, gradients, gram, kappa, literal_attention, make_inputs, pooled, relative_error
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -11,57 +10,12 @@ from torch.utils._pytree import tree_leaves
 from lf_dense import LaplacianAttention, laplacian_attention, laplacian_kernel, newton_schulz_inverse
 from lf_dense.functional import NORMALIZATIONS
 
-EPS, TAU, DELTA = 1e-2, 1e-2, 1e-5
 HALVES = (torch.bfloat16, torch.float16)
 each_shape = pytest.mark.parametrize(
     "shape", [{"n": 60, "d": 8, "m": 9}, {"n": 784, "d": 32, "m": 49}, {"n": 3136, "d": 64, "m": 49, "heads": 1}], ids=str
 )
 each_normalization = pytest.mark.parametrize("normalization", NORMALIZATIONS)
-
-
-def kappa(x, y, scale=4.0):
-    return torch.exp(-(x[..., :, None, :] - y[..., None, :, :]).abs().sum(-1) / scale)
-
-
-def exact_inverse(w, eps=EPS):
-    return torch.linalg.inv(w + eps * torch.eye(w.shape[-1], dtype=w.dtype))
-
-
-def literal_attention(q, k, v, landmarks, normalization="mass", tau=TAU):
-    """Sections 1 to 5 as they stand: every matrix formed, the inverse exact."""
-    n = q.shape[-2]
-    inverse = exact_inverse(kappa(landmarks, landmarks))
-    columns_q, columns_k = kappa(q, landmarks), kappa(k, landmarks)
-    if normalization == "whiten_landmarks":
-        variance = columns_q.var(-2, correction=0, keepdim=True)
-        columns_q = (columns_q - columns_q.mean(-2, keepdim=True)) / torch.sqrt(variance + DELTA)
-        return (columns_q @ inverse @ columns_k.mT / n + 1 / n) @ v
-    g = columns_q @ inverse @ columns_k.mT
-    if normalization == "whiten_keys":
-        variance = g.var(-2, correction=0, keepdim=True)
-        return ((g - g.mean(-2, keepdim=True)) / torch.sqrt(variance + DELTA) / n + 1 / n) @ v
-    mass = g.mean(-1, keepdim=True)
-    return ((g - mass) / (n * (mass.clamp_min(0) + tau)) + 1 / n) @ v
-
-
-def pooled(q, m):
-    """m landmarks as the attention makes them: averages of runs of queries."""
-    return torch.stack([chunk.mean(-2) for chunk in q.tensor_split(m, -2)], -2)
-
-
-def make_inputs(batch=2, heads=2, n=60, d=8, m=9, spread=1.0, dtype=torch.float64):
-    q, k = (spread * torch.randn(batch, heads, n, d, dtype=torch.float64) for _ in range(2))
-    v = torch.randn(batch, heads, n, d, dtype=torch.float64)
-    return [x.to(dtype) for x in (q, k, v, pooled(q, m))]
-
-
-def gradients(function, inputs, weight):
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    return torch.autograd.grad((function(*leaves) * weight).sum(), leaves)
-
-
-def relative_error(value, exact):
-    return ((value.double() - exact).norm() / exact.norm()).item()
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 @each_normalization
@@ -130,11 +84,6 @@ def test_kernel_rounds_like_plain_pytorch(dtype):
 
 
 # The solver
-
-
-def gram(m, spread, dtype=torch.float32, batch=2):
-    points = spread * torch.randn(batch, m, 16, dtype=torch.float64)
-    return kappa(points, points).to(dtype)
 
 
 @pytest.mark.parametrize("m", [1, 16, 49, 121, 196])
@@ -294,7 +243,7 @@ def test_no_nan_under_autocast(normalization, dtype, blank):
     layer = LaplacianAttention(32, 2, normalization=normalization)
     tokens = torch.full((2, 14 * 14, 32), 0.7) if blank else 3 * torch.randn(2, 14 * 14, 32)
     tokens.requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(torch.get_default_device().type, dtype=dtype):
         out = layer(tokens, (14, 14))
         inner = laplacian_attention(*make_inputs(dtype=torch.float32), normalization=normalization)
     assert out.dtype == dtype
@@ -308,7 +257,7 @@ def test_autocast_does_not_reach_the_mathematics():
     inputs = make_inputs(dtype=torch.float32)
     w = gram(49, 0.3)
     expected = laplacian_attention(*inputs), newton_schulz_inverse(w), laplacian_kernel(inputs[0], inputs[3])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         got = laplacian_attention(*inputs), newton_schulz_inverse(w), laplacian_kernel(inputs[0], inputs[3])
     assert all(torch.equal(x, y) for x, y in zip(got, expected))
 
@@ -392,20 +341,3 @@ def test_memory_is_linear_in_the_tokens(normalization):
         out.sum().backward()
     assert out.isfinite().all()
     assert largest.numel <= n * max(m, d)
-
-
-@settings(deadline=None, max_examples=25, derandomize=True)
-@given(
-    batch=st.integers(0, 2),
-    heads=st.integers(1, 3),
-    n=st.integers(1, 20),
-    m=st.integers(1, 10),
-    d=st.integers(1, 9),
-    spread=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
-    normalization=st.sampled_from(NORMALIZATIONS),
-)
-def test_any_shape(batch, heads, n, m, d, spread, normalization):
-    q, k, v, _ = make_inputs(batch, heads, n, d, 1, spread)
-    landmarks = spread * torch.randn(batch, heads, m, d, dtype=torch.float64)
-    out = laplacian_attention(q, k, v, landmarks, normalization=normalization)
-    torch.testing.assert_close(out, literal_attention(q, k, v, landmarks, normalization), rtol=1e-7, atol=1e-7)
