@@ -63,14 +63,13 @@ def _log_once(obstacle: str) -> None:
     _logger.warning("lf_dense runs its plain PyTorch reference in place of the native operators, since %s.", obstacle)
 
 
-def native_obstacle(device: torch.device, head_dims: int | None = None) -> str | None:
-    """Why the native operators cannot serve tensors on ``device`` with ``head_dims`` channels a point; None where they can."""
-    return native.obstacle(device, head_dims)
+def native_obstacle(device: torch.device, wide: bool = False) -> str | None:
+    """Why the native operators cannot serve tensors on ``device``, ``wide`` ones (see ``native.obstacle``); None where they can."""
+    return native.obstacle(device, wide)
 
 
-@torch.compiler.assume_constant_result
-def choose_backend(argument: str | None, device: torch.device, head_dims: int | None = None) -> str:
-    """Resolve a request to ``"reference"`` or ``"native"``; under torch.compile, once, when the call is traced.
+def choose_backend(argument: str | None, device: torch.device, head_dims: int = 0) -> str:
+    """Resolve a request to ``"reference"`` or ``"native"``, by the device and the channels of a point.
 
     ``"auto"`` that finds the native operators unable to serve logs the reason, once.
 
@@ -78,10 +77,18 @@ def choose_backend(argument: str | None, device: torch.device, head_dims: int | 
         RuntimeError: native was asked for and cannot serve.
         ValueError: the name is none of ``BACKENDS``.
     """
+    # A plain branch: torch.compile then guards on this question alone, and not on the number of channels.
+    wide = True if head_dims > native.MAX_CUDA_HEAD_DIMS else False  # noqa: SIM210
+    return _resolve(argument, device, wide)
+
+
+@torch.compiler.assume_constant_result
+def _resolve(argument: str | None, device: torch.device, wide: bool) -> str:
+    """Under torch.compile this runs once, when the call is traced."""
     requested = requested_backend(argument)
     if requested == "reference":
         return "reference"
-    obstacle = native_obstacle(device, head_dims)
+    obstacle = native_obstacle(device, wide)
     if obstacle is None:
         return "native"
     if requested == "native":

@@ -22,7 +22,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def check_kernel_scale(scale: float) -> None:
     """Raise ValueError unless the kernel's scale is a positive finite number."""
-    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
+    if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
         raise ValueError(f"the kernel scale is {scale!r}, and has to be a positive finite number (the paper's is 4.0).")
 
 
@@ -32,7 +32,7 @@ def check_solver(iters: int, eps: float) -> None:
         raise ValueError(
             f"the solver got {iters!r} iterations, and needs a whole number, at least 1 (10 converge for every input up to 196 landmarks)."
         )
-    if not (math.isfinite(eps) and eps > 0):
+    if not 0 < eps < math.inf:
         raise ValueError(f"the solver's eps is {eps}, and has to be a positive finite number: without it a blank image has no inverse.")
 
 
@@ -47,7 +47,9 @@ def _checked_tensors(**tensors: Tensor) -> list[Tensor]:
     (first_name, first), *others = tensors.items()
     if first.dtype not in DTYPES:
         raise TypeError(f"{first_name} is {first.dtype}, and has to be one of {', '.join(map(str, DTYPES))}.")
-    if torch.is_autocast_enabled(first.device.type) and all(tensor.dtype in DTYPES for tensor in tensors.values()):
+    device = first.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and all(tensor.dtype in DTYPES for tensor in tensors.values()):
         dtype = reference.common_dtype(*tensors.values())
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         (_, first), *others = tensors.items()
@@ -173,9 +175,9 @@ def laplacian_attention(
     check_kernel_scale(scale)
     check_solver(iters, eps)
     check_normalization(normalization)
-    if not (math.isfinite(tau) and tau >= 0):
+    if not 0 <= tau < math.inf:
         raise ValueError(f"tau is {tau}, and has to be a finite number, 0 or larger.")
-    if not (math.isfinite(delta) and delta > 0):
+    if not 0 < delta < math.inf:
         raise ValueError(f"delta is {delta}, and has to be a positive finite number.")
     if choose_backend(backend, q.device, q.shape[-1]) == "reference":
         return reference.laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau, delta, normalization)

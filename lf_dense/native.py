@@ -63,12 +63,12 @@ def _cuda_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def obstacle(device: torch.device, head_dims: int | None = None) -> str | None:
+def obstacle(device: torch.device, wide: bool = False) -> str | None:
     """Why the operators cannot serve a call, as a clause; None where they can.
 
     Args:
         device: of the call's tensors.
-        head_dims: channels of a point, where the operator takes points.
+        wide: whether points have more than ``MAX_CUDA_HEAD_DIMS`` channels.
     """
     missing = library_obstacle(device.type)
     if missing or device.type != "cuda":
@@ -78,9 +78,7 @@ def obstacle(device: torch.device, head_dims: int | None = None) -> str | None:
     if capability < MIN_CUDA_CAPABILITY:
         wanted, found = ".".join(map(str, MIN_CUDA_CAPABILITY)), ".".join(map(str, capability))
         return f"they need a GPU of compute capability {wanted} or higher, and {device} has {found}"
-    if head_dims is not None and head_dims > MAX_CUDA_HEAD_DIMS:
-        return f"on CUDA they take up to {MAX_CUDA_HEAD_DIMS} channels a head, and these have {head_dims}"
-    return None
+    return f"on CUDA they take up to {MAX_CUDA_HEAD_DIMS} channels a head, and these have more" if wide else None
 
 
 def _build_module() -> object | None:
@@ -218,6 +216,7 @@ def _library() -> torch.library.Library:
     return torch.library.Library("lf_dense", "IMPL")
 
 
+@functools.cache
 def _register() -> None:
     """Give the loaded operators their fakes, gradients and autocast rules, once."""
     for name, fake, setup, gradient in (

@@ -7,6 +7,9 @@ from lf_dense import backends, laplacian_attention, laplacian_kernel, newton_sch
 from lf_dense.backends import ENVIRONMENT_VARIABLE, choose_backend, requested_backend
 
 
+CPU = torch.device("cpu")
+
+
 @pytest.fixture
 def no_native(monkeypatch):
     monkeypatch.setattr(backends, "native_obstacle", lambda *args, **kwargs: "nobody compiled them")
@@ -66,7 +69,7 @@ def test_native_without_operators_is_an_error_with_the_reason(monkeypatch):
 
 @pytest.mark.usefixtures("no_native")
 def test_auto_without_operators_is_the_reference():
-    assert choose_backend("auto") == choose_backend("reference") == choose_backend() == "reference"
+    assert choose_backend("auto", CPU) == choose_backend("reference", CPU) == choose_backend(None, CPU) == "reference"
     inputs = tensors()
     assert torch.equal(laplacian_attention(**inputs, backend="auto"), laplacian_attention(**inputs, backend="reference"))
 

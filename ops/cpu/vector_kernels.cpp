@@ -234,6 +234,9 @@ void transpose(const T* src, int64_t src_stride, int64_t rows, int64_t cols, T* 
   }
 }
 
+// Channels added up before their sum joins the rest: long chains of additions would gather rounding errors.
+constexpr int64_t kSummed = 32;
+
 // Register tiles: as many accumulators as leave room for the operands.
 constexpr int kRegisters = LF_VECTOR_BYTES == 64 ? 32 : 16;
 constexpr int kKernelWidth = 2;
@@ -278,22 +281,30 @@ inline void kernel_rows(const T* x, const T* y, int64_t y_stride, int64_t channe
   vec<T> one = vec<T>{} + 1;
   LF_HIDE(one);
   for (int64_t i = 0; i < kTile; i += kKernelWidth * lanes) {
-    vec<T> sum[J][kKernelWidth] = {};
-    for (int64_t c = 0; c < channels; ++c) {
-      ahead.step();
-      vec<T> here[kKernelWidth];
+    for (int64_t first = 0; first == 0 || first < channels; first += kSummed) {
+      const int64_t end = channels - first < kSummed ? channels : first + kSummed;
+      vec<T> sum[J][kKernelWidth] = {};
+      for (int64_t c = first; c < end; ++c) {
+        ahead.step();
+        vec<T> here[kKernelWidth];
 #pragma GCC unroll 2
-      for (int u = 0; u < kKernelWidth; ++u) here[u] = load(x + c * kTile + i + u * lanes);
+        for (int u = 0; u < kKernelWidth; ++u) here[u] = load(x + c * kTile + i + u * lanes);
 #pragma GCC unroll 16
-      for (int j = 0; j < J; ++j) {
-        const T there = y[c * y_stride + j];
+        for (int j = 0; j < J; ++j) {
+          const T there = y[c * y_stride + j];
 #pragma GCC unroll 2
-        for (int u = 0; u < kKernelWidth; ++u) sum[j][u] += absolute<T>(difference<T>(here[u], there, one));
+          for (int u = 0; u < kKernelWidth; ++u) sum[j][u] += absolute<T>(difference<T>(here[u], there, one));
+        }
       }
-    }
-    const T factor = -1 / scale;
-    for (int j = 0; j < J; ++j) {
-      for (int u = 0; u < kKernelWidth; ++u) store(out + j * kTile + i + u * lanes, exponential(sum[j][u] * factor));
+      const T factor = -1 / scale;
+      const bool last = end == channels;
+      for (int j = 0; j < J; ++j) {
+        for (int u = 0; u < kKernelWidth; ++u) {
+          T* to = out + j * kTile + i + u * lanes;
+          const vec<T> total = first == 0 ? sum[j][u] : load(to) + sum[j][u];
+          store(to, last ? exponential(total * factor) : total);
+        }
+      }
     }
   }
 }

@@ -65,6 +65,9 @@ struct Group {
   }
 };
 
+// Channel quads added up before their sum joins the rest: long chains of additions would gather rounding errors.
+constexpr int kSummedQuads = 8;
+
 template <typename T>
 using Columns = T[kGroup][kPerLane<T>];
 
@@ -79,18 +82,26 @@ __device__ inline void kernel_columns(const Four<T>* tokens, const Four<T>* land
     for (int i = 0; i < kPerLane<T>; ++i) out[j][i] = 0;
   }
   const int quads = (channels + 3) / 4;
-  for (int quad = 0; quad < quads; ++quad) {
-    Four<T> here[kPerLane<T>];
+  for (int first = 0; first < quads; first += kSummedQuads) {
+    Columns<T> sum = {};
+    for (int quad = first; quad < min(quads, first + kSummedQuads); ++quad) {
+      Four<T> here[kPerLane<T>];
 #pragma unroll
-    for (int i = 0; i < kPerLane<T>; ++i) here[i] = tokens[quad * kTokenStride<T> + lane + i * kWarp];
+      for (int i = 0; i < kPerLane<T>; ++i) here[i] = tokens[quad * kTokenStride<T> + lane + i * kWarp];
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        const Four<T> there = landmarks[j * kQuads<DK> + quad];
+#pragma unroll
+        for (int i = 0; i < kPerLane<T>; ++i) {
+#pragma unroll
+          for (int u = 0; u < 4; ++u) sum[j][i] += absolute(here[i].at[u] - there.at[u]);
+        }
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
-      const Four<T> there = landmarks[j * kQuads<DK> + quad];
 #pragma unroll
-      for (int i = 0; i < kPerLane<T>; ++i) {
-#pragma unroll
-        for (int u = 0; u < 4; ++u) out[j][i] += absolute(here[i].at[u] - there.at[u]);
-      }
+      for (int i = 0; i < kPerLane<T>; ++i) out[j][i] += sum[j][i];
     }
   }
   const T factor = -1 / scale;
