@@ -114,6 +114,10 @@ class Ninja:
             "rule link",
             "  command = $cxx -shared $in -o $out $flags",
             "  description = link $out",
+            # nvcc knows where its runtime library lies.
+            "rule cuda_link",
+            "  command = $nvcc -shared $in -o $out $flags",
+            "  description = link $out",
             "rule nothing",
             "  command = $cxx -shared -x c /dev/null -o $out -Wl,-soname,$soname",
             "  description = stand-in $out",
@@ -229,13 +233,11 @@ class BuildOperators(build_ext):
         if not (library / "libtorch_cuda.so").exists():
             after = ninja.build("nothing", "stand_in/libtorch_cuda.so", [], soname="libtorch_cuda.so")
             Path(ninja.folder, "stand_in").mkdir(parents=True, exist_ok=True)
-        cudart = Path(nvcc).resolve().parent.parent
-        folders = " ".join(f"-L{shlex.quote(str(path))}" for path in (cudart / "lib64", cudart / "targets/x86_64-linux/lib") if path.is_dir())
         link = (
-            f"-L{shlex.quote(str(library))} -Lstand_in -ltorch_cpu -lc10 -Wl,--no-as-needed -ltorch_cuda -Wl,--as-needed "
-            f"{folders} -lcudart_static -lrt -lpthread -ldl"
+            f"-L{shlex.quote(str(library))} -Lstand_in -ltorch_cpu -lc10 -Xlinker --no-as-needed -ltorch_cuda "
+            f"-cudart static {' '.join(architectures(requested))}"
         )
-        return ninja.build("link", "_operators_cuda.so", objects, after=after, flags=link)
+        return ninja.build("cuda_link", "_operators_cuda.so", objects, after=after, flags=link)
 
 
 setup(ext_modules=[Extension("lf_dense._build_info", [])], cmdclass={"build_ext": BuildOperators})

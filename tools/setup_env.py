@@ -70,9 +70,10 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
         ),
         Step("test and lint tools", requirement_args("dev"), "import pytest, hypothesis"),
         Step(
-            "lf_dense itself, editable",
+            "lf_dense itself, editable, compiling its operators (a minute; with CUDA some more)",
             ["--no-deps", "--no-build-isolation", "-e", str(ROOT)],
-            "import lf_dense; lf_dense.LaplacianFormer",
+            "import lf_dense, torch; lf_dense.LaplacianFormer; lf_dense.laplacian_kernel(torch.ones(1, 1), torch.ones(1, 1), backend='native')",
+            {"MAX_JOBS": jobs},
         ),
     ]
 
@@ -84,7 +85,8 @@ def fingerprint(previous: str, step: Step) -> str:
         if arg.endswith(".txt"):
             content += Path(arg).read_bytes()
         elif arg == str(ROOT):
-            content += (ROOT / "pyproject.toml").read_bytes() + (ROOT / "setup.py").read_bytes()
+            sources = sorted(path for path in (ROOT / "ops").rglob("*") if path.is_file())
+            content += b"".join(path.read_bytes() for path in [ROOT / "pyproject.toml", ROOT / "setup.py", *sources])
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -434,10 +434,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) key_gradient
   T* columns = reinterpret_cast<T*>(dsums + a.groups_per_round * kGroup * kQuads<DK>);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t head = blockIdx.x / a.cut.chunks, chunk = blockIdx.x % a.cut.chunks;
-  const Rows k = Rows::of(a.k, head), v = Rows::of(a.v, head), l = Rows::of(a.landmarks, head);
-  const Rows dk = Rows::of(a.dk, head), dv = Rows::of(a.dv, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = k.channels, per_round = a.groups_per_round * kGroup;
-  const Rows dp = Rows::of<T>(a.dsums + head * m * channels, channels);
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = static_cast<int>(a.k.size[3]), per_round = a.groups_per_round * kGroup;
   const T n = static_cast<T>(a.cut.tokens);
   T* dlandmarks = a.partials + blockIdx.x * static_cast<int64_t>(m) * channels;
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
@@ -445,8 +442,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) key_gradient
     if (first >= a.cut.tokens) break;
     const int count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.cut.tokens - first));
     __syncthreads();
-    load_tokens<T, DK>(k, first, count, keys);
-    load_tokens<T, DK>(v, first, count, values);
+    load_tokens<T, DK>(Rows::of(a.k, head), first, count, keys);
+    load_tokens<T, DK>(Rows::of(a.v, head), first, count, values);
     clear_tokens<T, DK>(dkeys);
     __syncthreads();
     for (int index = threadIdx.x; index < count * channels; index += kThreads) {
@@ -456,8 +453,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) key_gradient
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
       if (tile == 0 || a.rounds > 1) {
-        load_landmarks<T, DK>(l, round * per_round, per_round, m, landmarks);
-        load_landmarks<T, DK>(dp, round * per_round, per_round, m, dsums);
+        load_landmarks<T, DK>(Rows::of(a.landmarks, head), round * per_round, per_round, m, landmarks);
+        load_landmarks<T, DK>(Rows::of<T>(a.dsums + head * m * channels, channels), round * per_round, per_round, m, dsums);
       }
       __syncthreads();
       T* own = columns + group.row * kColumnStride<T>;
@@ -490,7 +487,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) key_gradient
       sign_gradients<T, DK>(own, keys, landmarks + group.row * kQuads<DK>, group.count > 0, dkeys, sum);
       if (group.count > 0) add_rows<T, DK>(sum, group, channels, tile == 0, dlandmarks);
     }
-    store_tokens<T, DK>(dkeys, dk, first, count);
+    store_tokens<T, DK>(dkeys, Rows::of(a.dk, head), first, count);
+    const Rows dv = Rows::of(a.dv, head);
 #pragma unroll
     for (int i = 0; i < kOwn<T>; ++i) {
       const int token = warp * kOwn<T> + i;

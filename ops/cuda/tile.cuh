@@ -161,6 +161,7 @@ __device__ inline void sum_over_tokens(const T* columns, Four<T>* tokens, T (&su
 #pragma unroll
     for (int k = 0; k < DK; ++k) sum[j][k] = 0;
   }
+#pragma unroll 1
   for (int token = 0; token < kTokens<T>; token += 4) {
     Four<T> weights[kGroup];
 #pragma unroll
@@ -246,6 +247,7 @@ __device__ inline void sign_gradients(const T* columns, Four<T>* tokens, const F
     const int first = (warp + turn) % kWarps * kOwn<T>;
     if (active) {
       // Two tokens at a time: four would not leave registers for the landmarks.
+#pragma unroll 1
       for (int i = 0; i < kOwn<T>; i += 2) {
         Two<T> weights[kGroup];
 #pragma unroll
