@@ -80,6 +80,16 @@ struct Pooled {
   }
 };
 
+// Sums over tokens are kept for each place in a tile, where they vectorise, and added up at a chunk's end.
+template <typename T>
+void sum_lanes(const T* lanes, int64_t m, T* sums) {
+  for (int64_t j = 0; j < m; ++j) {
+    T sum = 0;
+    for (int64_t i = 0; i < kTile; ++i) sum += lanes[j * kTile + i];
+    sums[j] = sum;
+  }
+}
+
 // A head's mass under each query of a tile, and one over it with the floor tau; NaN stays NaN.
 template <typename T>
 void row_mass(const T* kernel, const T* mass, int64_t m, T tau, T* row, T* reciprocal) {
@@ -134,6 +144,7 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
   Scratch<T> partials(heads * chunks.count * partial_size);
   torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> values(chunks.length * shape.cols), tile(kTile * shape.cols), transposed(kTile * shape.cols), kernel(shape.m * kTile);
+    Scratch<T> lane_mass(shape.m * kTile);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
       const int64_t first = chunks.first(chunk), count = chunks.end(chunk) - first;
@@ -149,6 +160,7 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t c = 0; c < shape.cols; ++c) values[i * shape.cols + c] -= mean[c];
       }
+      lane_mass.zeroed(shape.m * kTile);
       for (int64_t i = 0; i < count; i += kTile) {
         const int64_t inside = std::min(kTile, count - i);
         transpose_tile<T>(k, head, first + i, inside, tile, transposed);
@@ -156,49 +168,47 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
         ahead.add(rows_ahead(k, head, first + i + kTile, kTile));
         ahead.add(rows_ahead(v, head, first + i + chunks.length, kTile));
         landmarks.tile(head, transposed, inside, constants.scale, ahead, kernel);
-        for (int64_t j = 0; j < shape.m; ++j) {
-          T sum = 0;
-          for (int64_t l = 0; l < inside; ++l) sum += kernel[j * kTile + l];
-          mass[j] += sum;
-        }
+        for (int64_t l = 0; l < shape.m * kTile; ++l) lane_mass[l] += kernel[l];
         ops.product(sums, shape.cols, kernel, kTile, 1, values + i * shape.cols, shape.cols, shape.m, inside, shape.cols, true);
       }
+      sum_lanes<T>(lane_mass, shape.m, mass);
     }
   });
 
   Pooled<T> pooled(shape);
-  Scratch<T> mean_values(heads * cols);
+  Scratch<T> sums(heads * m * cols), mean_values(heads * cols);
   parallel(heads, [&](int64_t head) {
-    const auto [heads_, n, m, channels, cols, padded_m, tiled_m_] = shape;
-    const T* head_partials = partials + head * chunks.count * partial_size;
-    Scratch<double> mean(cols), sums(m * cols), mass(m);
-    mean.zeroed(cols), sums.zeroed(m * cols), mass.zeroed(m);
+    Scratch<double> mean(shape.cols);
+    mean.zeroed(shape.cols);
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const T* chunk_mean = head_partials + chunk * partial_size + m * cols + padded_m;
-      const double share = static_cast<double>(chunks.end(chunk) - chunks.first(chunk)) / n;
-      for (int64_t c = 0; c < cols; ++c) mean[c] += share * chunk_mean[c];
+      const T* chunk_mean = partials + (head * chunks.count + chunk) * partial_size + shape.m * shape.cols + shape.padded_m;
+      const double share = static_cast<double>(chunks.end(chunk) - chunks.first(chunk)) / shape.rows;
+      for (int64_t c = 0; c < shape.cols; ++c) mean[c] += share * chunk_mean[c];
     }
+    std::copy_n(mean.get(), shape.cols, mean_values + head * shape.cols);
+    std::copy_n(mean.get(), shape.channels, saved.mean_value + head * shape.channels);
+  });
+  parallel(heads * m, [&](int64_t row) {
+    const int64_t head = row / shape.m, j = row % shape.m;
+    const T* mean = mean_values + head * shape.cols;
+    Scratch<double> sum(shape.cols);
+    sum.zeroed(shape.cols);
+    double mass = 0;
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const T* chunk_sums = head_partials + chunk * partial_size;
-      const T* chunk_mass = chunk_sums + m * cols;
-      const T* chunk_mean = chunk_mass + padded_m;
-      for (int64_t j = 0; j < m; ++j) {
-        mass[j] += static_cast<double>(chunk_mass[j]) / n;
-        for (int64_t c = 0; c < cols; ++c) {
-          sums[j * cols + c] += (chunk_sums[j * cols + c] + chunk_mass[j] * (chunk_mean[c] - mean[c])) / n;
-        }
-      }
+      const T* chunk_sums = partials + (head * chunks.count + chunk) * partial_size;
+      const T chunk_mass = chunk_sums[shape.m * shape.cols + j];
+      const T* chunk_mean = chunk_sums + shape.m * shape.cols + shape.padded_m;
+      mass += chunk_mass;
+      for (int64_t c = 0; c < shape.cols; ++c) sum[c] += chunk_sums[j * shape.cols + c] + chunk_mass * (chunk_mean[c] - mean[c]);
     }
-    Scratch<T> narrow_sums(m * cols), narrow_mass(m);
-    std::copy_n(sums.get(), m * cols, narrow_sums.get());
-    std::copy_n(mass.get(), m, narrow_mass.get());
-    std::copy_n(mean.get(), cols, mean_values + head * cols);
-    const T* inverse = inverses + head * m * padded_m;
-    pooled.set(shape, head, inverse, narrow_sums, narrow_mass);
-    copy_rows<T>(inverse, padded_m, m, m, saved.inverse + head * m * m, m);
-    copy_rows<T>(narrow_sums, cols, m, channels, saved.sums + head * m * channels, channels);
-    std::copy_n(narrow_mass.get(), m, saved.mass + head * m);
-    std::copy_n(mean_values + head * cols, channels, saved.mean_value + head * channels);
+    saved.mass[row] = static_cast<T>(mass / shape.rows);
+    for (int64_t c = 0; c < shape.cols; ++c) sums[row * shape.cols + c] = static_cast<T>(sum[c] / shape.rows);
+    std::copy_n(sums + row * shape.cols, shape.channels, saved.sums + row * shape.channels);
+  });
+  parallel(heads, [&](int64_t head) {
+    const T* inverse = inverses + head * shape.m * shape.padded_m;
+    pooled.set(shape, head, inverse, sums + head * shape.m * shape.cols, saved.mass + head * shape.m);
+    copy_rows<T>(inverse, shape.padded_m, shape.m, shape.m, saved.inverse + head * shape.m * shape.m, shape.m);
   });
 
   torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
@@ -252,7 +262,7 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
   torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
     const auto [heads_, rows_, m, channels, cols, padded_m, tiled_m_] = shape;
     Scratch<T> tile(kTile * cols), transposed(kTile * cols), grads(kTile * cols), dtile(kTile * cols);
-    Scratch<T> kernel(m * kTile), dkernel(m * kTile), mass(kTile), reciprocal(kTile), dmass(kTile);
+    Scratch<T> kernel(m * kTile), dkernel(m * kTile), mass(kTile), reciprocal(kTile), dmass(kTile), lane_dmass(m * kTile);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
       T* dvalues = partials + item * partial_size;
@@ -262,6 +272,7 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
       std::fill_n(dvalues, partial_size, T{0});
       const T* values = pooled.values + head * m * cols;
       const T* column_mass = pooled.mass + head * m;
+      lane_dmass.zeroed(m * kTile);
       for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
         const int64_t count = std::min(kTile, chunks.end(chunk) - first);
         pack_rows<T>(q, head, first, count, kTile, tile);
@@ -283,20 +294,19 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
         }
         for (int64_t i = 0; i < kTile; ++i) dmass[i] = mass[i] < 0 ? T{0} : -reciprocal[i] * reciprocal[i] * dmass[i];
         for (int64_t j = 0; j < m; ++j) {
-          T sum = 0;
-          for (int64_t i = 0; i < count; ++i) {
+          for (int64_t i = 0; i < kTile; ++i) {
             T& entry = kernel[j * kTile + i];
             T& dentry = dkernel[j * kTile + i];
-            sum += entry * dmass[i];
+            lane_dmass[j * kTile + i] += entry * dmass[i];
             dentry = entry * (reciprocal[i] * dentry + dmass[i] * column_mass[j]) / constants.scale;
             entry *= reciprocal[i];
           }
-          dcolumn_mass[j] += sum;
         }
         ops.product(dvalues, cols, kernel, kTile, 1, grads, cols, m, count, cols, true);
         ops.sign_tile(tile, landmarks.rows(head), dkernel, count, m, cols, dtile.zeroed(kTile * cols), dlandmark);
         unpack_rows<T>(dtile, dq, head, first, count);
       }
+      sum_lanes<T>(lane_dmass, m, dcolumn_mass);
     }
   });
 

@@ -2,6 +2,10 @@
 // templates may be used here: the linker keeps one copy of an inline function, and it could be the one that this machine lacks.
 #include "vector_kernels.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #define LF_STRING_OF(x) #x
 #define LF_STRING(x) LF_STRING_OF(x)
 // The compiler may assume nothing of the register's value from here on.
@@ -73,6 +77,19 @@ inline vec<T> signed_by(vec<T> v, T w) {
   return (vec<T>)((((bits)v & Vector<T>::sign_bit) ^ (bits)wide) & nonzero);
 }
 
+#if defined(__AVX512F__)
+// exp of a number that is at most 0, to about an ulp, denormal results included. NaN stays NaN.
+inline vec<float> exponential(vec<float> x) {
+  const vec<float> n = (vec<float>)_mm512_maskz_roundscale_ps(0xFFFF, (__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return (vec<float>)_mm512_maskz_scalef_ps(0xFFFF, (__m512)(p * (r * r) + r + 1.0f), (__m512)n);
+}
+#else
 // exp of a number that is at most 0, to about an ulp; below the smallest normal number it is 0. NaN stays NaN.
 inline vec<float> exponential(vec<float> x) {
   using bits = Vector<float>::bits;
@@ -92,6 +109,7 @@ inline vec<float> exponential(vec<float> x) {
   const vec<float> result = p * (vec<float>)power;
   return underflow ? vec<float>{} : result;
 }
+#endif
 
 // float64 serves gradient checks: exactness before speed.
 inline vec<double> exponential(vec<double> x) {
@@ -207,6 +225,12 @@ void transpose(const T* src, int64_t src_stride, int64_t rows, int64_t cols, T* 
   constexpr int64_t lanes = Vector<T>::lanes;
   for (int64_t r = 0; r < rows; r += lanes) {
     const int64_t rows_here = rows - r < lanes ? rows - r : lanes;
+    if (rows_here <= 2) {
+      for (int64_t i = r; i < rows; ++i) {
+        for (int64_t c = 0; c < cols; ++c) dst[c * dst_stride + i] = src[i * src_stride + c];
+      }
+      continue;
+    }
     for (int64_t c = 0; c < cols; c += lanes) {
       const int64_t cols_here = cols - c < lanes ? cols - c : lanes;
       vec<T> block[lanes];
