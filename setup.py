@@ -157,7 +157,8 @@ class BuildOperators(build_ext):
             except CannotBuild as why:
                 if flag("LF_DENSE_FORCE_CUDA"):
                     raise SystemExit(f"LF_DENSE_FORCE_CUDA is set, but {why}.") from None
-                warnings.warn(f"lf_dense is installed without native operators, since {why}: it runs the plain PyTorch reference.", stacklevel=1)
+                message = f"lf_dense is installed without native operators, since {why}: it runs the plain PyTorch reference."
+                warnings.warn(message, stacklevel=1)
         target.mkdir(parents=True, exist_ok=True)
         for stale in [*target.glob("_operators_*.so"), *target.glob("_build_info.*")]:
             stale.unlink()
@@ -197,7 +198,8 @@ class BuildOperators(build_ext):
         if flag("LF_DENSE_FORCE_CUDA") and not nvcc:
             raise CannotBuild("nvcc was not found (put it on the PATH or set CUDA_HOME)")
         if torch_cuda and not nvcc:
-            warnings.warn("lf_dense's CUDA operators are not built, since nvcc was not found: CUDA tensors run the reference.", stacklevel=1)
+            message = "lf_dense's CUDA operators are not built, since nvcc was not found: CUDA tensors run the reference."
+            warnings.warn(message, stacklevel=1)
         if nvcc and (torch_cuda or flag("LF_DENSE_FORCE_CUDA")):
             cuda_architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
             cuda_version = version_line(nvcc)

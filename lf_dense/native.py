@@ -125,9 +125,7 @@ def newton_schulz_inverse(w: Tensor, iters: int, eps: float) -> Tensor:
     return torch.ops.lf_dense.newton_schulz_inverse(w.to(compute_dtype(w.dtype)), iters, eps).to(w.dtype)
 
 
-def laplacian_attention(
-    q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor, scale: float, iters: int, eps: float, tau: float
-) -> Tensor:
+def laplacian_attention(q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor, scale: float, iters: int, eps: float, tau: float) -> Tensor:
     """See ``lf_dense.functional.laplacian_attention``; normalization ``"mass"``."""
     return torch.ops.lf_dense.laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)[0]
 

@@ -3,6 +3,8 @@
 import torch
 
 EPS, TAU, DELTA = 1e-2, 1e-2, 1e-5
+
+
 def kappa(x, y, scale=4.0):
     return torch.exp(-(x[..., :, None, :] - y[..., None, :, :]).abs().sum(-1) / scale)
 

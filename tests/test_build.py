@@ -13,7 +13,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # What the CUDA operators may take from libtorch_cuda, which a CPU-only torch lacks.
 FROM_CUDA_TORCH = {"aoti_torch_get_current_cuda_stream"}
-KERNELS_THAT_MATTER = ("stream_keys", "stream_queries", "query_gradients", "key_gradients", "forward", "backward", "finish_keys", "invert_small")
+KERNELS_THAT_MATTER = (
+    "stream_keys",
+    "stream_queries",
+    "query_gradients",
+    "key_gradients",
+    "forward",
+    "backward",
+    "finish_keys",
+    "invert_small",
+)
 
 
 def build(folder, **environment):
@@ -67,7 +76,10 @@ def test_kernels_that_matter_do_not_spill(cuda_build):
 
 
 def undefined_symbols(library):
-    return set(subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout.split()) - {"U", "w"}
+    return set(subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout.split()) - {
+        "U",
+        "w",
+    }
 
 
 def test_the_libraries_need_torchs_stable_interface_alone(cuda_build):
@@ -94,7 +106,8 @@ def test_unreadable_architectures_are_one_sentence(tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not there")
     assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1] == "TORCH_CUDA_ARCH_LIST is 'Hopper': write numbers like '8.0;9.0+PTX' ('Hopper' is not one)."
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line == "TORCH_CUDA_ARCH_LIST is 'Hopper': write numbers like '8.0;9.0+PTX' ('Hopper' is not one)."
 
 
 def test_cuda_asked_for_without_nvcc_is_an_error(tmp_path):
@@ -106,4 +119,5 @@ def test_cuda_asked_for_without_nvcc_is_an_error(tmp_path):
             (empty / tool).symlink_to(found)
     done = build(tmp_path, LF_DENSE_FORCE_CUDA="1", PATH=str(empty), CUDA_HOME="")
     assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1] == "LF_DENSE_FORCE_CUDA is set, but nvcc was not found (put it on the PATH or set CUDA_HOME)."
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line == "LF_DENSE_FORCE_CUDA is set, but nvcc was not found (put it on the PATH or set CUDA_HOME)."

@@ -6,7 +6,6 @@ import torch
 from lf_dense import backends, laplacian_attention, laplacian_kernel, newton_schulz_inverse, use_backend
 from lf_dense.backends import ENVIRONMENT_VARIABLE, choose_backend, requested_backend
 
-
 CPU = torch.device("cpu")
 
 

@@ -94,7 +94,7 @@ def test_there_is_no_second_derivative_and_it_says_so():
     inputs = [x.requires_grad_() for x in make_inputs()]
     for out in (laplacian_attention(*inputs, backend="native"), laplacian_kernel(inputs[0], inputs[3], backend="native")):
         (grad,) = torch.autograd.grad(out.sum(), inputs[0], create_graph=True)
-        with pytest.raises(NotImplementedError, match="no second derivative.*'reference'"):
+        with pytest.raises(NotImplementedError, match=r"no second derivative.*'reference'"):
             torch.autograd.grad(grad.sum(), inputs[0])
 
 
@@ -346,7 +346,10 @@ class TestRules:
     def test_cuda_that_is_not_there(self):
         if torch.cuda.is_available():
             pytest.skip("there is a GPU")
-        assert native.obstacle(torch.device("cuda")) in ("torch sees no CUDA device", "they were not built for cuda (docs/operators.md says how)")
+        assert native.obstacle(torch.device("cuda")) in (
+            "torch sees no CUDA device",
+            "they were not built for cuda (docs/operators.md says how)",
+        )
 
     def test_cuda_capability_and_head_dims(self, monkeypatch):
         monkeypatch.setattr(native, "library_obstacle", lambda device: None)

@@ -72,7 +72,7 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
         Step(
             "lf_dense itself, editable, compiling its operators (a minute; with CUDA some more)",
             ["--no-deps", "--no-build-isolation", "-e", str(ROOT)],
-            "import lf_dense, torch; lf_dense.LaplacianFormer; lf_dense.laplacian_kernel(torch.ones(1, 1), torch.ones(1, 1), backend='native')",
+            "import lf_dense, torch; lf_dense.LaplacianFormer; lf_dense.newton_schulz_inverse(torch.ones(1, 1), backend='native')",
             {"MAX_JOBS": jobs},
         ),
     ]
