@@ -342,7 +342,7 @@ template <typename T>
 constexpr int64_t kColumnBytes = sizeof(T) * kColumnStride<T> * kGroup;
 
 inline int rounds_of(int64_t m, int groups_per_round) {
-  const int64_t groups = (m + kGroup - 1) / kGroup;
+  const int64_t groups = std::max<int64_t>(1, (m + kGroup - 1) / kGroup);
   return static_cast<int>((groups + groups_per_round - 1) / groups_per_round);
 }
 
