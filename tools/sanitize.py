@@ -55,7 +55,7 @@ def find_runtimes(library: Path) -> list[str]:
     missing = [name for name, match in found.items() if match is None]
     if missing:
         compiler = os.environ.get("CXX", "g++")
-        sys.exit(f"sanitize needs a compiler that links the sanitizers as shared libraries, and {compiler} did not link {', '.join(missing)}.")
+        sys.exit(f"sanitize needs a compiler that links the sanitizers as shared libraries, and {compiler} left out {', '.join(missing)}.")
     return [match[1] for match in found.values()]
 
 
