@@ -12,7 +12,7 @@ help:
 	@echo "make test       the tests"
 	@echo "make lint       ruff"
 	@echo "make wheel      a wheel with the operators compiled, in dist/"
-	@echo "make sanitize   the operator tests on operators compiled with AddressSanitizer and UBSan (XX minutes on 2 cores)"
+	@echo "make sanitize   the operator tests on operators compiled with AddressSanitizer and UBSan (about 10 minutes)"
 	@echo "make gpu-check  build, test, check and measure the operators on this machine's GPU (at most 10 minutes; needs nvcc, and torch"
 	@echo "                and pytest in \$$(PYTHON); results in work_dirs/gpu_check, or the folder OUT=...)"
 

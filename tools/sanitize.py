@@ -77,7 +77,8 @@ def run_tests(folder: Path, runtimes: list[str], reports: Path, selection: str) 
         "PYTHONPATH": str(folder),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", selection]
+    # UndefinedBehaviorSanitizer, loaded beside the other, writes to stderr alone: pytest may not take that away.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", *tests, "-k", selection]
     return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
 
@@ -101,7 +102,7 @@ def main() -> None:
         print("\n".join(found), file=sys.stderr)
         sys.exit(f"sanitize failed: the sanitizers wrote {len(found)} report{'s' if len(found) > 1 else ''}, above.")
     if code:
-        sys.exit(f"sanitize failed: pytest ended with exit code {code}, and the sanitizers reported nothing.")
+        sys.exit(f"sanitize failed: pytest ended with exit code {code}; its output, and any report of the sanitizers, is above.")
     print("sanitize passed: no report from AddressSanitizer or UndefinedBehaviorSanitizer.")
 
 
