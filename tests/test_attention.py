@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lf_dense import LaplacianAttention, LaplacianFormer, functional, native
+from lf_dense import LaplacianAttention, functional, native
 from lf_dense.attention import map_to_tokens, rotary_table, rotate, tokens_to_map
 
 CPU = torch.device("cpu")
@@ -194,6 +194,8 @@ def test_layer_copies_no_activation(batch):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_backbone_copies_no_activation(batch):
     pytest.importorskip("mmengine")
+    from lf_dense import LaplacianFormer
+
     net = LaplacianFormer("tiny").eval()
     x = torch.randn(batch, 3, 320, 320)
     with torch.no_grad(), Copies(batch * 10 * 10 * 512, started=False) as copies:

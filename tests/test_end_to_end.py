@@ -293,3 +293,40 @@ def test_resume_and_amp_refusals(shapes, tmp_path):
     assert "base_batch_size" in refusal("train.py", *base[:3], "--auto-scale-lr", *base[3:], "auto_scale_lr={}")
     if not torch.cuda.is_available():
         assert "--amp needs a GPU" in refusal("train.py", *base[:3], "--amp", *base[3:])
+
+
+def test_a_training_step_has_the_same_losses_by_both_backends(tmp_path):
+    pytest.importorskip("mmdet")
+    figures = tmp_path / "step.json"
+    call("profile_step.py", "--shape", 96, 128, "--repeat", 1, "--device", "cpu", "--json", figures)
+    losses = json.loads(figures.read_text())["first_losses"]
+    assert set(losses["native"]) >= {"loss_cls", "loss_bbox"}
+    for name, value in losses["native"].items():
+        assert value == pytest.approx(losses["reference"][name], rel=1e-5)
+
+
+def test_the_detector_trains_through_the_native_backend_by_default():
+    pytest.importorskip("mmdet")
+    code = """
+import torch
+from lf_dense import native
+from lf_dense.frameworks import load_config
+from mmdet.registry import MODELS
+from mmdet.testing import demo_mm_inputs
+assert native.library_obstacle("cpu") is None, native.library_obstacle("cpu")
+calls = []
+operator = native.laplacian_attention
+native.laplacian_attention = lambda *args: calls.append(args) or operator(*args)
+model = MODELS.build(load_config("configs/retinanet_lf.py").model)
+data = model.data_preprocessor(demo_mm_inputs(1, [(3, 64, 96)], [2], 80), True)
+model.loss(data["inputs"], data["data_samples"])["loss_bbox"][0].backward()
+print("CALLS", len(calls))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "CALLS 8" in done.stdout
+
+
+def test_the_step_of_what_is_no_detector_is_refused():
+    pytest.importorskip("mmseg")
+    assert "is not a detector's config" in refusal("profile_step.py", "mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py")

@@ -85,11 +85,13 @@ def main() -> None:
         "first_losses": {name: found[0] for name, found in losses.items()},
         "last_losses": {name: found[-1] for name, found in losses.items()},
     }
-    print(f"torch {torch.__version__}, {args.device}, {figures['threads']} threads, {args.batch_size} x 3 x {args.shape[0]} x {args.shape[1]}")
+    size = " x ".join(map(str, (args.batch_size, 3, *args.shape)))
+    print(f"torch {torch.__version__}, {args.device}, {figures['threads']} threads, {size}")
     print("| backend | median s | min s | max s | first step's losses | last step's losses |\n|---|---|---|---|---|---|")
     for name in BACKENDS:
         shown = [", ".join(f"{key} {value:.6f}" for key, value in losses[name][index].items()) for index in (0, -1)]
-        print(f"| {name} | {statistics.median(times[name]):.3f} | {min(times[name]):.3f} | {max(times[name]):.3f} | {shown[0]} | {shown[1]} |")
+        spread = [f"{function(times[name]):.3f}" for function in (statistics.median, min, max)]
+        print(f"| {' | '.join([name, *spread, *shown])} |")
     if args.json:
         with open(args.json, "w") as stream:
             json.dump(figures, stream, indent=2)
