@@ -322,7 +322,9 @@ data = model.data_preprocessor(demo_mm_inputs(1, [(3, 64, 96)], [2], 80), True)
 model.loss(data["inputs"], data["data_samples"])["loss_bbox"][0].backward()
 print("CALLS", len(calls))
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "CALLS 8" in done.stdout
 
