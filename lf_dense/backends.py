@@ -78,7 +78,7 @@ def choose_backend(argument: str | None, device: torch.device, head_dims: int = 
         ValueError: the name is none of ``BACKENDS``.
     """
     # A plain branch: torch.compile then guards on this question alone, and not on the number of channels.
-    wide = True if head_dims > native.MAX_CUDA_HEAD_DIMS else False  # noqa: SIM210
+    wide = True if head_dims > native.max_head_dims(device) else False  # noqa: SIM210
     return _resolve(argument, device, wide)
 
 

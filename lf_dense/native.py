@@ -16,7 +16,8 @@ from torch import Tensor
 from .reference import common_dtype, compute_dtype
 
 MIN_TORCH = (2, 11)
-MAX_CUDA_HEAD_DIMS = 128
+# A block keeps three tiles of tokens in shared memory; GPUs for graphics (8.6, 8.9) have 99 KB of it, those for computing 163 and more.
+MAX_CUDA_HEAD_DIMS, MAX_CUDA_HEAD_DIMS_IN_99_KB = 128, 64
 MIN_CUDA_CAPABILITY = (8, 0)
 _FOLDER = Path(__file__).parent
 
@@ -63,22 +64,39 @@ def _cuda_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@functools.cache
+def _cuda_shared_memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+
+
+def _cuda_index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@torch.compiler.assume_constant_result
+def max_head_dims(device: torch.device) -> float:
+    """The most channels that a point may have on this device; infinity where there is no limit."""
+    if device.type != "cuda" or library_obstacle("cuda"):
+        return float("inf")
+    roomy = _cuda_shared_memory(_cuda_index(device)) >= 160 * 1024
+    return MAX_CUDA_HEAD_DIMS if roomy else MAX_CUDA_HEAD_DIMS_IN_99_KB
+
+
 def obstacle(device: torch.device, wide: bool = False) -> str | None:
     """Why the operators cannot serve a call, as a clause; None where they can.
 
     Args:
         device: of the call's tensors.
-        wide: whether points have more than ``MAX_CUDA_HEAD_DIMS`` channels.
+        wide: whether points have more than ``max_head_dims(device)`` channels.
     """
     missing = library_obstacle(device.type)
     if missing or device.type != "cuda":
         return missing
-    index = torch.cuda.current_device() if device.index is None else device.index
-    capability = _cuda_capability(index)
+    capability = _cuda_capability(_cuda_index(device))
     if capability < MIN_CUDA_CAPABILITY:
         wanted, found = ".".join(map(str, MIN_CUDA_CAPABILITY)), ".".join(map(str, capability))
         return f"they need a GPU of compute capability {wanted} or higher, and {device} has {found}"
-    return f"on CUDA they take up to {MAX_CUDA_HEAD_DIMS} channels a head, and these have more" if wide else None
+    return f"on this GPU they take up to {max_head_dims(device)} channels a head, and these have more" if wide else None
 
 
 def _build_module() -> object | None:

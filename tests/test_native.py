@@ -357,7 +357,10 @@ class TestRules:
         assert "compute capability 8.0 or higher, and cuda:0 has 7.5" in native.obstacle(torch.device("cuda:0"))
         monkeypatch.setattr(native, "_cuda_capability", lambda index: (9, 0))
         assert native.obstacle(torch.device("cuda:0")) is None
-        assert "up to 128 channels a head, and these have more" in native.obstacle(torch.device("cuda:0"), wide=True)
+        for shared_memory, limit in ((232448, 128), (101376, 64)):
+            monkeypatch.setattr(native, "_cuda_shared_memory", lambda index, size=shared_memory: size)
+            assert native.max_head_dims(torch.device("cuda:0")) == limit
+            assert f"up to {limit} channels a head, and these have more" in native.obstacle(torch.device("cuda:0"), wide=True)
 
     def test_auto_says_once_why_it_is_the_reference(self, monkeypatch, tmp_path, caplog):
         monkeypatch.setattr(native, "_FOLDER", tmp_path)

@@ -352,7 +352,7 @@ void with_tiling(const Tensor& points, const Run& run) {
   const int64_t channels = points.size(3), vectors = (channels + kWarp - 1) / kWarp;
   STD_TORCH_CHECK(vectors <= 4, "lf_dense: the CUDA operators take up to 128 channels a head, and these have ", channels, ".");
   if (points.scalar_type() == ScalarType::Double) {
-    run.template operator()<double, 4>();
+    vectors <= 2 ? run.template operator()<double, 2>() : run.template operator()<double, 4>();
   } else if (vectors <= 1) {
     run.template operator()<float, 1>();
   } else if (vectors == 2) {
