@@ -63,11 +63,6 @@ def _log_once(obstacle: str) -> None:
     _logger.warning("lf_dense runs its plain PyTorch reference in place of the native operators, since %s.", obstacle)
 
 
-def native_obstacle(device: torch.device, wide: bool = False) -> str | None:
-    """Why the native operators cannot serve tensors on ``device``, ``wide`` ones (see ``native.obstacle``); None where they can."""
-    return native.obstacle(device, wide)
-
-
 def choose_backend(argument: str | None, device: torch.device, head_dims: int = 0) -> str:
     """Resolve a request to ``"reference"`` or ``"native"``, by the device and the channels of a point.
 
@@ -88,7 +83,7 @@ def _resolve(argument: str | None, device: torch.device, wide: bool) -> str:
     requested = requested_backend(argument)
     if requested == "reference":
         return "reference"
-    obstacle = native_obstacle(device, wide)
+    obstacle = native.obstacle(device, wide=wide)
     if obstacle is None:
         return "native"
     if requested == "native":

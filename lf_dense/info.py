@@ -17,11 +17,13 @@ def _devices() -> list[torch.device]:
 
 
 def _choice(device: torch.device) -> str:
-    obstacle = backends.native_obstacle(device)
     requested = backends.requested_backend()
     if requested == "reference":
         return "reference, since it is asked for"
-    return "native" if obstacle is None else f"reference, since {obstacle}"
+    obstacle = native.obstacle(device)
+    if obstacle is None:
+        return "native"
+    return f"{'an error, since native is asked for and' if requested == 'native' else 'reference, since'} {obstacle}"
 
 
 def report() -> str:

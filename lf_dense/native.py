@@ -19,6 +19,8 @@ MIN_TORCH = (2, 11)
 # A block keeps three tiles of tokens in shared memory; GPUs for graphics (8.6, 8.9) have 99 KB of it, those for computing 163 and more.
 MAX_CUDA_HEAD_DIMS, MAX_CUDA_HEAD_DIMS_IN_99_KB = 128, 64
 MIN_CUDA_CAPABILITY = (8, 0)
+# The operators' namespace in torch.ops; the tests put the emulated CUDA operators in its place.
+LIBRARY = "lf_dense"
 _FOLDER = Path(__file__).parent
 
 
@@ -55,7 +57,7 @@ def library_obstacle(device_type: str) -> str | None:
             _build_module().instruction_set()
         except RuntimeError as error:
             return str(error).rstrip(".")
-        _register()
+        register(LIBRARY)
     return None
 
 
@@ -82,7 +84,7 @@ def max_head_dims(device: torch.device) -> float:
     return MAX_CUDA_HEAD_DIMS if roomy else MAX_CUDA_HEAD_DIMS_IN_99_KB
 
 
-def obstacle(device: torch.device, wide: bool = False) -> str | None:
+def obstacle(device: torch.device, *, wide: bool = False) -> str | None:
     """Why the operators cannot serve a call, as a clause; None where they can.
 
     Args:
@@ -125,6 +127,10 @@ def build_info() -> dict:
     return {"built": True, **module.build_info(), "instruction_set": chosen}
 
 
+def _operators() -> object:
+    return getattr(torch.ops, LIBRARY)
+
+
 def _as_four(x: Tensor) -> Tensor:
     """``(..., N, d)`` as ``(B, heads, N, d)``."""
     if x.ndim > 4:
@@ -134,18 +140,18 @@ def _as_four(x: Tensor) -> Tensor:
 
 def laplacian_kernel(x: Tensor, y: Tensor, scale: float) -> Tensor:
     """See ``lf_dense.functional.laplacian_kernel``."""
-    out = torch.ops.lf_dense.laplacian_kernel(_as_four(x), _as_four(y), scale)
+    out = _operators().laplacian_kernel(_as_four(x), _as_four(y), scale)
     return out.reshape(*x.shape[:-1], y.shape[-2])
 
 
 def newton_schulz_inverse(w: Tensor, iters: int, eps: float) -> Tensor:
     """See ``lf_dense.functional.newton_schulz_inverse``."""
-    return torch.ops.lf_dense.newton_schulz_inverse(w.to(compute_dtype(w.dtype)), iters, eps).to(w.dtype)
+    return _operators().newton_schulz_inverse(w.to(compute_dtype(w.dtype)), iters, eps).to(w.dtype)
 
 
 def laplacian_attention(q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor, scale: float, iters: int, eps: float, tau: float) -> Tensor:
     """See ``lf_dense.functional.laplacian_attention``; normalization ``"mass"``."""
-    return torch.ops.lf_dense.laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)[0]
+    return _operators().laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)[0]
 
 
 def _tokens_like(x: Tensor) -> Tensor:
@@ -185,7 +191,7 @@ def _kernel_setup(ctx: object, inputs: tuple, output: Tensor) -> None:
 
 
 def _kernel_gradient(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *torch.ops.lf_dense.laplacian_kernel_backward(grad, *ctx.saved_tensors, ctx.scale), None
+    return *_operators().laplacian_kernel_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
 def _inverse_setup(ctx: object, inputs: tuple, output: Tensor) -> None:
@@ -204,7 +210,7 @@ def _attention_setup(ctx: object, inputs: tuple, output: tuple[Tensor, ...]) -> 
 
 
 def _attention_gradient(ctx: object, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.lf_dense.laplacian_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.tau)
+    grads = _operators().laplacian_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.tau)
     return *grads, None, None, None, None
 
 
@@ -212,14 +218,13 @@ def _no_second_derivative(ctx: object, *grads: Tensor) -> None:
     raise NotImplementedError("lf_dense's native operators have no second derivative: use the backend 'reference' for it.")
 
 
-def _without_autocast(name: str) -> object:
+def _without_autocast(operator: torch._ops.OpOverload, always_wide: bool) -> object:
     """Under autocast: mixed dtypes meet in the widest, the solver runs in float32 or wider, and nothing inside is cast."""
-    operator = getattr(torch.ops.lf_dense, name).default
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
     def run(*args: object) -> object:
         dtype = common_dtype(*(arg for arg in args if isinstance(arg, Tensor)))
-        if name == "newton_schulz_inverse":
+        if always_wide:
             dtype = compute_dtype(dtype)
         with torch._C._ExcludeDispatchKeyGuard(autocast):
             return operator(*(arg.to(dtype) if isinstance(arg, Tensor) else arg for arg in args))
@@ -228,22 +233,20 @@ def _without_autocast(name: str) -> object:
 
 
 @functools.cache
-def _library() -> torch.library.Library:
-    return torch.library.Library("lf_dense", "IMPL")
-
-
-@functools.cache
-def _register() -> None:
-    """Give the loaded operators their fakes, gradients and autocast rules, once."""
+def register(library: str) -> torch.library.Library:
+    """Give a loaded library's operators their fakes, gradients and autocast rules, once; they live as long as what is returned."""
+    operators, autocast_rules = getattr(torch.ops, library), torch.library.Library(library, "IMPL")
     for name, fake, setup, gradient in (
         ("laplacian_kernel", _kernel_fake, _kernel_setup, _kernel_gradient),
         ("newton_schulz_inverse", _inverse_fake, _inverse_setup, _inverse_gradient),
         ("laplacian_attention", _attention_fake, _attention_setup, _attention_gradient),
     ):
-        torch.library.register_fake(f"lf_dense::{name}", fake)
-        torch.library.register_autograd(f"lf_dense::{name}", gradient, setup_context=setup)
+        torch.library.register_fake(f"{library}::{name}", fake)
+        torch.library.register_autograd(f"{library}::{name}", gradient, setup_context=setup)
+        rule = _without_autocast(getattr(operators, name).default, always_wide=name == "newton_schulz_inverse")
         for key in ("AutocastCPU", "AutocastCUDA"):
-            _library().impl(name, _without_autocast(name), key)
+            autocast_rules.impl(name, rule, key)
     for name, fake in (("laplacian_kernel_backward", _kernel_backward_fake), ("laplacian_attention_backward", _attention_backward_fake)):
-        torch.library.register_fake(f"lf_dense::{name}", fake)
-        torch.library.register_autograd(f"lf_dense::{name}", _no_second_derivative)
+        torch.library.register_fake(f"{library}::{name}", fake)
+        torch.library.register_autograd(f"{library}::{name}", _no_second_derivative)
+    return autocast_rules

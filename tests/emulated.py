@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lf_dense import native
+
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = "lf_dense_emulated"
 EMULATION = ROOT / "tests" / "cuda_emulation"
 SOURCES = ("schemas.cpp", "cuda/newton_schulz_inverse.cu", "cuda/laplacian_kernel.cu", "cuda/laplacian_attention.cu")
 
@@ -25,13 +28,13 @@ def cuda_headers():
 
 @functools.cache
 def build():
-    """Compile and load the library ``torch.ops.lf_dense_emulated``; what was compiled from the same sources is taken again."""
+    """Compile and load ``torch.ops.lf_dense_emulated``, once; what was compiled from the same sources is taken again."""
     headers, compiler = cuda_headers(), os.environ.get("CXX", "g++")
     if headers is None or shutil.which(shlex.split(compiler)[0]) is None:
         pytest.skip("the CUDA sources are emulated where the toolkit's headers and a C++ compiler are there")
     torch_folder = Path(torch.__file__).parent
     common = f"{compiler} -std=c++20 -O2 -fPIC -fvisibility=hidden {os.environ.get('LF_DENSE_CXXFLAGS', '')}"
-    common += " -DLF_LIBRARY=lf_dense_emulated -DLF_CUDA_KEY=CPU -DTORCH_TARGET_VERSION=0x020b000000000000"
+    common += f" -DLF_LIBRARY={LIBRARY} -DLF_CUDA_KEY=CPU -DTORCH_TARGET_VERSION=0x020b000000000000"
     common += f" -I{EMULATION} -isystem {headers} -isystem {torch_folder / 'include'}"
     content = [path.read_bytes() for path in sorted([*(ROOT / "ops").rglob("*.*"), *EMULATION.glob("*.h")])]
     key = hashlib.sha256(b"".join([common.encode(), torch.__version__.encode(), *content])).hexdigest()[:16]
@@ -48,7 +51,6 @@ def build():
         run(f"{common} -shared {' '.join(objects)} -L{torch_folder / 'lib'} -ltorch_cpu -lc10 -o {partial}")
         partial.replace(library)
     torch.ops.load_library(str(library))
-    return torch.ops.lf_dense_emulated
 
 
 def run(command):
@@ -56,59 +58,9 @@ def run(command):
     assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
 
 
-class _Kernel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y, scale):
-        ctx.save_for_backward(x, y)
-        ctx.scale = scale
-        return build().laplacian_kernel(x, y, scale)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *build().laplacian_kernel_backward(grad, *ctx.saved_tensors, ctx.scale), None
-
-
-class _Inverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, w, iters, eps):
-        inverse = build().newton_schulz_inverse(w, iters, eps)
-        ctx.save_for_backward(inverse)
-        return inverse
-
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        return -inverse.mT @ grad @ inverse.mT, None, None
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, landmarks, scale, iters, eps, tau):
-        out, *saved = build().laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)
-        ctx.save_for_backward(q, k, v, landmarks, *saved)
-        ctx.constants = scale, tau
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        grads = build().laplacian_attention_backward(grad, *ctx.saved_tensors, *ctx.constants)
-        return *grads, None, None, None, None
-
-
 def install(monkeypatch):
-    """Let ``lf_dense.functional`` call the emulated operators where it would call the native ones."""
-    from lf_dense import native
-
+    """Let the native backend be the emulated operators, whatever device is asked about."""
     build()
-
-    def kernel(x, y, scale):
-        out = _Kernel.apply(native._as_four(x), native._as_four(y), scale)
-        return out.reshape(*x.shape[:-1], y.shape[-2])
-
-    def inverse(w, iters, eps):
-        return _Inverse.apply(w.to(native.compute_dtype(w.dtype)), iters, eps).to(w.dtype)
-
-    monkeypatch.setattr(native, "obstacle", lambda *args: None)
-    monkeypatch.setattr(native, "laplacian_kernel", kernel)
-    monkeypatch.setattr(native, "newton_schulz_inverse", inverse)
-    monkeypatch.setattr(native, "laplacian_attention", _Attention.apply)
+    native.register(LIBRARY)
+    monkeypatch.setattr(native, "LIBRARY", LIBRARY)
+    monkeypatch.setattr(native, "obstacle", lambda *unused, **wide: None)

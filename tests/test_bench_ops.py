@@ -186,7 +186,7 @@ def test_peak_memory_of_the_reference_is_two_kernel_matrices(bench):
 
 
 def test_missing_native_operators_are_said_and_left_out(bench, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "native_obstacle", lambda *unused: "they were not built for cpu")
+    monkeypatch.setattr(bench.native, "obstacle", lambda *unused, **wide: "they were not built for cpu")
     assert bench.main(KERNEL_ALONE) == 0
     printed = capsys.readouterr().out
     assert "The native operators' columns are left out, since they were not built for cpu.\n" in printed
@@ -197,7 +197,7 @@ def test_missing_native_operators_are_said_and_left_out(bench, monkeypatch, caps
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_a_wrong_contender_is_not_timed_and_ends_with_an_error(bench, monkeypatch, capsys, tmp_path, factor):
     right = bench.operator
-    monkeypatch.setattr(bench, "native_obstacle", lambda *unused: None)
+    monkeypatch.setattr(bench.native, "obstacle", lambda *unused, **wide: None)
     monkeypatch.setattr(bench, "has_floor", lambda *unused: False)
 
     def operator(case, name):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lf_dense import backends, laplacian_attention, laplacian_kernel, newton_schulz_inverse, use_backend
+from lf_dense import laplacian_attention, laplacian_kernel, native, newton_schulz_inverse, use_backend
 from lf_dense.backends import ENVIRONMENT_VARIABLE, choose_backend, requested_backend
 
 CPU = torch.device("cpu")
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def no_native(monkeypatch):
-    monkeypatch.setattr(backends, "native_obstacle", lambda *args, **kwargs: "nobody compiled them")
+    monkeypatch.setattr(native, "obstacle", lambda *unused, **wide: "nobody compiled them")
 
 
 def tensors(n=5, m=3, d=4, dtype=torch.float32):

@@ -32,7 +32,6 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from lf_dense import functional, native
-from lf_dense.backends import native_obstacle
 from lf_dense.errors import UsageError
 
 STRIDES = (4, 8, 16, 32)
@@ -535,7 +534,7 @@ def device_name(device: torch.device) -> str:
 
 def has_floor(device: torch.device) -> bool:
     """Whether the compiled operators can measure the device's arithmetic."""
-    if native_obstacle(device) is not None or not hasattr(torch.ops.lf_dense, "arithmetic_floor"):
+    if native.obstacle(device) is not None or not hasattr(torch.ops.lf_dense, "arithmetic_floor"):
         return False
     try:
         torch.ops.lf_dense.arithmetic_floor(torch.zeros(1, device=device), 1024)
@@ -546,7 +545,7 @@ def has_floor(device: torch.device) -> bool:
 
 def describe(args: argparse.Namespace) -> dict:
     """What the numbers were measured on and with."""
-    obstacle = native_obstacle(args.device, WIDTHS[0] // HEADS[0])
+    obstacle = native.obstacle(args.device)
     build = native.build_info()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
