@@ -85,6 +85,24 @@ inline void check_points(const Tensor& x, const Tensor& y, const char* what) {
   check_same(x, y, 3, 4, what);
 }
 
+inline void check_kernel_gradient(const Tensor& grad, const Tensor& x, const Tensor& y) {
+  check_points(x, y, "x and y");
+  check_same(grad, x, 0, 3, "the gradient and x");
+  STD_TORCH_CHECK(grad.size(3) == y.size(2), "lf_dense: the gradient of the kernel has ", grad.size(3), " columns for ", y.size(2), " points.");
+}
+
+inline void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks) {
+  check_same(q, k, 0, 4, "q and k");
+  check_same(q, v, 0, 4, "q and v");
+  check_points(q, landmarks, "q and the landmarks");
+  STD_TORCH_CHECK(q.size(2) > 0 && landmarks.size(2) > 0, "lf_dense: the attention needs at least one token and one landmark.");
+}
+
+inline void check_matrices(const Tensor& w) {
+  STD_TORCH_CHECK(w.dim() >= 2 && w.size(-1) == w.size(-2), "lf_dense: the solver takes square matrices.");
+  STD_TORCH_CHECK(w.scalar_type() == compute_type(w), "lf_dense: the solver runs in float32 or float64: widen its input.");
+}
+
 inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, const Tensor& like) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype, std::nullopt, like.device());
 }
@@ -94,6 +112,20 @@ inline Tensor empty_tokens(const Tensor& like) {
   Tensor memory = empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.scalar_type(), like);
   return torch::stable::transpose(memory, 1, 2);
 }
+
+// What the attention's forward pass returns, see schemas.cpp; all but `out` in the compute type and contiguous.
+struct AttentionResults {
+  Tensor out, inverse, sums, mass, mean_value;
+
+  AttentionResults(const Tensor& q, const Tensor& landmarks)
+      : out(empty_tokens(q)),
+        inverse(empty({q.size(0), q.size(1), landmarks.size(2), landmarks.size(2)}, compute_type(q), q)),
+        sums(empty({q.size(0), q.size(1), landmarks.size(2), q.size(3)}, compute_type(q), q)),
+        mass(empty({q.size(0), q.size(1), landmarks.size(2)}, compute_type(q), q)),
+        mean_value(empty({q.size(0), q.size(1), q.size(3)}, compute_type(q), q)) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tuple() const { return {out, inverse, sums, mass, mean_value}; }
+};
 
 template <typename T>
 T* data(const Tensor& tensor) {

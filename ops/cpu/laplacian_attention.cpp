@@ -128,9 +128,9 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
   const bool shared = invert_shared(heads, m);
   Scratch<T> inverses(heads * m * padded_m);
   const auto solve = [&](int64_t head) {
-    Scratch<T> gram(shape.m * shape.padded_m);
+    Scratch<T> gram(m * padded_m);
     landmarks.gram(head, constants.scale, gram);
-    invert<T>(gram, shape.m, iters, eps, shared, inverses + head * shape.m * shape.padded_m);
+    invert<T>(gram, m, iters, eps, shared, inverses + head * m * padded_m);
   };
   if (shared) {
     for (int64_t head = 0; head < heads; ++head) solve(head);
@@ -143,24 +143,24 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
   const int64_t partial_size = m * cols + padded_m + cols;
   Scratch<T> partials(heads * chunks.count * partial_size);
   torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> values(chunks.length * shape.cols), tile(kTile * shape.cols), transposed(kTile * shape.cols), kernel(shape.m * kTile);
-    Scratch<T> lane_mass(shape.m * kTile);
+    Scratch<T> values(chunks.length * cols), tile(kTile * cols), transposed(kTile * cols), kernel(m * kTile);
+    Scratch<T> lane_mass(m * kTile);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
       const int64_t first = chunks.first(chunk), count = chunks.end(chunk) - first;
       T* sums = partials + item * partial_size;
-      T* mass = sums + shape.m * shape.cols;
-      T* mean = mass + shape.padded_m;
+      T* mass = sums + m * cols;
+      T* mean = mass + padded_m;
       std::fill_n(sums, partial_size, T{0});
       pack_rows<T>(v, head, first, count, count, values);
       for (int64_t i = 0; i < count; ++i) {
-        for (int64_t c = 0; c < shape.cols; ++c) mean[c] += values[i * shape.cols + c];
+        for (int64_t c = 0; c < cols; ++c) mean[c] += values[i * cols + c];
       }
-      for (int64_t c = 0; c < shape.cols; ++c) mean[c] /= count;
+      for (int64_t c = 0; c < cols; ++c) mean[c] /= count;
       for (int64_t i = 0; i < count; ++i) {
-        for (int64_t c = 0; c < shape.cols; ++c) values[i * shape.cols + c] -= mean[c];
+        for (int64_t c = 0; c < cols; ++c) values[i * cols + c] -= mean[c];
       }
-      lane_mass.zeroed(shape.m * kTile);
+      lane_mass.zeroed(m * kTile);
       for (int64_t i = 0; i < count; i += kTile) {
         const int64_t inside = std::min(kTile, count - i);
         transpose_tile<T>(k, head, first + i, inside, tile, transposed);
@@ -168,55 +168,55 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
         ahead.add(rows_ahead(k, head, first + i + kTile, kTile));
         ahead.add(rows_ahead(v, head, first + i + chunks.length, kTile));
         landmarks.tile(head, transposed, inside, constants.scale, ahead, kernel);
-        for (int64_t l = 0; l < shape.m * kTile; ++l) lane_mass[l] += kernel[l];
-        ops.product(sums, shape.cols, kernel, kTile, 1, values + i * shape.cols, shape.cols, shape.m, inside, shape.cols, true);
+        for (int64_t l = 0; l < m * kTile; ++l) lane_mass[l] += kernel[l];
+        ops.product(sums, cols, kernel, kTile, 1, values + i * cols, cols, m, inside, cols, true);
       }
-      sum_lanes<T>(lane_mass, shape.m, mass);
+      sum_lanes<T>(lane_mass, m, mass);
     }
   });
 
   Pooled<T> pooled(shape);
   Scratch<T> sums(heads * m * cols), mean_values(heads * cols);
   parallel(heads, [&](int64_t head) {
-    Scratch<double> mean(shape.cols);
-    mean.zeroed(shape.cols);
+    Scratch<double> mean(cols);
+    mean.zeroed(cols);
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const T* chunk_mean = partials + (head * chunks.count + chunk) * partial_size + shape.m * shape.cols + shape.padded_m;
-      const double share = static_cast<double>(chunks.end(chunk) - chunks.first(chunk)) / shape.rows;
-      for (int64_t c = 0; c < shape.cols; ++c) mean[c] += share * chunk_mean[c];
+      const T* chunk_mean = partials + (head * chunks.count + chunk) * partial_size + m * cols + padded_m;
+      const double share = static_cast<double>(chunks.end(chunk) - chunks.first(chunk)) / rows;
+      for (int64_t c = 0; c < cols; ++c) mean[c] += share * chunk_mean[c];
     }
-    std::copy_n(mean.get(), shape.cols, mean_values + head * shape.cols);
-    std::copy_n(mean.get(), shape.channels, saved.mean_value + head * shape.channels);
+    std::copy_n(mean.get(), cols, mean_values + head * cols);
+    std::copy_n(mean.get(), channels, saved.mean_value + head * channels);
   });
   parallel(heads * m, [&](int64_t row) {
-    const int64_t head = row / shape.m, j = row % shape.m;
-    const T* mean = mean_values + head * shape.cols;
-    Scratch<double> sum(shape.cols);
-    sum.zeroed(shape.cols);
+    const int64_t head = row / m, j = row % m;
+    const T* mean = mean_values + head * cols;
+    Scratch<double> sum(cols);
+    sum.zeroed(cols);
     double mass = 0;
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
       const T* chunk_sums = partials + (head * chunks.count + chunk) * partial_size;
-      const T chunk_mass = chunk_sums[shape.m * shape.cols + j];
-      const T* chunk_mean = chunk_sums + shape.m * shape.cols + shape.padded_m;
+      const T chunk_mass = chunk_sums[m * cols + j];
+      const T* chunk_mean = chunk_sums + m * cols + padded_m;
       mass += chunk_mass;
-      for (int64_t c = 0; c < shape.cols; ++c) sum[c] += chunk_sums[j * shape.cols + c] + chunk_mass * (chunk_mean[c] - mean[c]);
+      for (int64_t c = 0; c < cols; ++c) sum[c] += chunk_sums[j * cols + c] + chunk_mass * (chunk_mean[c] - mean[c]);
     }
-    saved.mass[row] = static_cast<T>(mass / shape.rows);
-    for (int64_t c = 0; c < shape.cols; ++c) sums[row * shape.cols + c] = static_cast<T>(sum[c] / shape.rows);
-    std::copy_n(sums + row * shape.cols, shape.channels, saved.sums + row * shape.channels);
+    saved.mass[row] = static_cast<T>(mass / rows);
+    for (int64_t c = 0; c < cols; ++c) sums[row * cols + c] = static_cast<T>(sum[c] / rows);
+    std::copy_n(sums + row * cols, channels, saved.sums + row * channels);
   });
   parallel(heads, [&](int64_t head) {
-    const T* inverse = inverses + head * shape.m * shape.padded_m;
-    pooled.set(shape, head, inverse, sums + head * shape.m * shape.cols, saved.mass + head * shape.m);
-    copy_rows<T>(inverse, shape.padded_m, shape.m, shape.m, saved.inverse + head * shape.m * shape.m, shape.m);
+    const T* inverse = inverses + head * m * padded_m;
+    pooled.set(shape, head, inverse, sums + head * m * cols, saved.mass + head * m);
+    copy_rows<T>(inverse, padded_m, m, m, saved.inverse + head * m * m, m);
   });
 
   torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> tile(kTile * shape.cols), transposed(kTile * shape.cols), kernel(shape.m * kTile), mass(kTile), reciprocal(kTile);
+    Scratch<T> tile(kTile * cols), transposed(kTile * cols), kernel(m * kTile), mass(kTile), reciprocal(kTile);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
-      const T* values = pooled.values + head * shape.m * shape.cols;
-      const T* mean = mean_values + head * shape.cols;
+      const T* values = pooled.values + head * m * cols;
+      const T* mean = mean_values + head * cols;
       for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
         const int64_t count = std::min(kTile, chunks.end(chunk) - first);
         transpose_tile<T>(q, head, first, count, tile, transposed);
@@ -224,11 +224,11 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
         ahead.add(rows_ahead(q, head, first + kTile, kTile));
         ahead.add(rows_ahead(out, head, first, kTile));
         landmarks.tile(head, transposed, count, constants.scale, ahead, kernel);
-        row_mass<T>(kernel, pooled.mass + head * shape.m, shape.m, constants.tau, mass, reciprocal);
-        ops.product(tile, shape.cols, kernel, 1, kTile, values, shape.cols, kTile, shape.m, shape.cols, false);
+        row_mass<T>(kernel, pooled.mass + head * m, m, constants.tau, mass, reciprocal);
+        ops.product(tile, cols, kernel, 1, kTile, values, cols, kTile, m, cols, false);
         for (int64_t i = 0; i < count; ++i) {
-          T* row = tile + i * shape.cols;
-          for (int64_t c = 0; c < shape.cols; ++c) row[c] = row[c] * reciprocal[i] + mean[c];
+          T* row = tile + i * cols;
+          for (int64_t c = 0; c < cols; ++c) row[c] = row[c] * reciprocal[i] + mean[c];
         }
         unpack_rows<T>(tile, out, head, first, count);
       }
@@ -248,7 +248,6 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
   Pooled<T> pooled(shape);
   Scratch<T> inverses(heads * m * padded_m), sums(heads * m * cols), mean_values(heads * cols);
   parallel(heads, [&](int64_t head) {
-    const auto [heads_, rows_, m, channels, cols, padded_m, tiled_m_] = shape;
     copy_rows<T>(saved.inverse + head * m * m, m, m, m, inverses + head * m * padded_m, padded_m);
     copy_rows<T>(saved.sums + head * m * channels, channels, m, channels, sums + head * m * cols, cols);
     copy_rows<T>(saved.mean_value + head * channels, channels, 1, channels, mean_values + head * cols, cols);
@@ -260,7 +259,6 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
   const int64_t partial_size = 2 * m * cols + padded_m + cols;
   Scratch<T> partials(heads * chunks.count * partial_size);
   torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
-    const auto [heads_, rows_, m, channels, cols, padded_m, tiled_m_] = shape;
     Scratch<T> tile(kTile * cols), transposed(kTile * cols), grads(kTile * cols), dtile(kTile * cols);
     Scratch<T> kernel(m * kTile), dkernel(m * kTile), mass(kTile), reciprocal(kTile), dmass(kTile), lane_dmass(m * kTile);
     for (int64_t item = begin; item < end; ++item) {
@@ -275,18 +273,16 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
       lane_dmass.zeroed(m * kTile);
       for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
         const int64_t count = std::min(kTile, chunks.end(chunk) - first);
-        pack_rows<T>(q, head, first, count, kTile, tile);
-        ops.transpose(tile, cols, kTile, cols, transposed, kTile);
+        pack_tile<T>(q, head, first, count, tile, transposed);
         Ahead ahead;
         for (const View& wanted : {q, grad}) ahead.add(rows_ahead(wanted, head, first + kTile, kTile));
         ahead.add(rows_ahead(dq, head, first, kTile));
         landmarks.tile(head, transposed, count, constants.scale, ahead, kernel);
         row_mass<T>(kernel, column_mass, m, constants.tau, mass, reciprocal);
-        pack_rows<T>(grad, head, first, count, kTile, grads);
+        pack_tile<T>(grad, head, first, count, grads, transposed);
         for (int64_t i = 0; i < count; ++i) {
           for (int64_t c = 0; c < cols; ++c) grad_sum[c] += grads[i * cols + c];
         }
-        ops.transpose(grads, cols, kTile, cols, transposed, kTile);
         ops.product(dkernel, kTile, values, cols, 1, transposed, kTile, m, channels, kTile, false);
         std::fill_n(dmass.get(), kTile, T{0});
         for (int64_t j = 0; j < m; ++j) {
@@ -314,19 +310,17 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
   Scratch<T> dsums(heads * m * cols), dmass(heads * padded_m), dmean(heads * cols);
   Scratch<double> dlandmark_sums(heads * m * cols);
   parallel(heads, [&](int64_t head) {
-    const auto [heads_, rows_, m, channels, cols, padded_m, tiled_m_] = shape;
     const Kernels<double>& wide = kernels<double>();
-    Scratch<double> total(partial_size), inverse(m * padded_m), inverse_t(m * padded_m), product(m * padded_m), dgram(m * padded_m);
-    Scratch<double> head_sums(cols * padded_m), result(m * cols);
+    Scratch<double> total(partial_size), inverse_t(m * padded_m), product(m * padded_m), dgram(m * padded_m);
+    Scratch<double> sums_t(cols * padded_m), result(m * cols);
     add_partials<T>(partials + head * chunks.count * partial_size, chunks.count, partial_size, partial_size, total);
     const double* dvalues = total;
     const double* dlandmark = dvalues + m * cols;
     const double* dcolumn_mass = dlandmark + m * cols;
     const double* grad_sum = dcolumn_mass + padded_m;
     inverse_t.zeroed(m * padded_m);
-    std::copy_n(inverses + head * m * padded_m, m * padded_m, inverse.get());
     for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < m; ++j) inverse_t[i * padded_m + j] = inverse[j * padded_m + i];
+      for (int64_t j = 0; j < m; ++j) inverse_t[i * padded_m + j] = inverses[(head * m + j) * padded_m + i];
     }
     // dP = A^T dU, dp = A^T dt.
     wide.product(result, cols, inverse_t, padded_m, 1, dvalues, cols, m, m, cols, false);
@@ -339,11 +333,11 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
     }
     for (int64_t c = 0; c < cols; ++c) dmean[head * cols + c] = static_cast<T>(grad_sum[c] / n);
     // dA = dU P^T + dt p^T; dW = -A^T dA A^T.
-    head_sums.zeroed(cols * padded_m);
+    sums_t.zeroed(cols * padded_m);
     for (int64_t j = 0; j < m; ++j) {
-      for (int64_t c = 0; c < cols; ++c) head_sums[c * padded_m + j] = sums[head * m * cols + j * cols + c];
+      for (int64_t c = 0; c < cols; ++c) sums_t[c * padded_m + j] = sums[head * m * cols + j * cols + c];
     }
-    wide.product(dgram, padded_m, dvalues, cols, 1, head_sums, padded_m, m, cols, padded_m, false);
+    wide.product(dgram, padded_m, dvalues, cols, 1, sums_t, padded_m, m, cols, padded_m, false);
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j < m; ++j) dgram[i * padded_m + j] += dcolumn_mass[i] * column_mass[j];
     }
@@ -367,7 +361,6 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
   // Keys and values.
   Scratch<T> key_partials(heads * chunks.count * m * cols);
   torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
-    const auto [heads_, rows_, m, channels, cols, padded_m, tiled_m_] = shape;
     Scratch<T> tile(kTile * cols), transposed(kTile * cols), values(kTile * cols), dtile(kTile * cols);
     Scratch<T> kernel(m * kTile), dkernel(m * kTile);
     for (int64_t item = begin; item < end; ++item) {
@@ -378,8 +371,7 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
       const T* mean = mean_values + head * cols;
       for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
         const int64_t count = std::min(kTile, chunks.end(chunk) - first);
-        pack_rows<T>(k, head, first, count, kTile, tile);
-        ops.transpose(tile, cols, kTile, cols, transposed, kTile);
+        pack_tile<T>(k, head, first, count, tile, transposed);
         Ahead ahead;
         for (const View& wanted : {k, v}) ahead.add(rows_ahead(wanted, head, first + kTile, kTile));
         for (const View& wanted : {dk, dv}) ahead.add(rows_ahead(wanted, head, first, kTile));
@@ -411,42 +403,32 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
     }
   });
   parallel(heads, [&](int64_t head) {
-    const int64_t size = shape.m * shape.cols;
+    const int64_t size = m * cols;
     Scratch<double> total(size);
     Scratch<T> narrow(size);
     add_partials<T>(key_partials + head * chunks.count * size, chunks.count, size, size, total);
     for (int64_t i = 0; i < size; ++i) narrow[i] = static_cast<T>(total[i] + dlandmark_sums[head * size + i]);
-    unpack_rows<T>(narrow, dlandmarks, head, 0, shape.m);
+    unpack_rows<T>(narrow, dlandmarks, head, 0, m);
   });
-}
-
-void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks) {
-  check_same(q, k, 0, 4, "q and k");
-  check_same(q, v, 0, 4, "q and v");
-  check_points(q, landmarks, "q and the landmarks");
-  STD_TORCH_CHECK(q.size(2) > 0 && landmarks.size(2) > 0, "lf_dense: the attention needs at least one token and one landmark.");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> laplacian_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                                                        const Tensor& landmarks, double scale, int64_t iters, double eps,
                                                                        double tau) {
-  check_inputs(q, k, v, landmarks);
-  const int64_t batch = q.size(0), heads = q.size(1), channels = q.size(3), m = landmarks.size(2);
-  const ScalarType type = compute_type(q);
-  Tensor out = empty_tokens(q), inverse = empty({batch, heads, m, m}, type, q), sums = empty({batch, heads, m, channels}, type, q);
-  Tensor mass = empty({batch, heads, m}, type, q), mean_value = empty({batch, heads, channels}, type, q);
+  check_attention(q, k, v, landmarks);
+  const AttentionResults results(q, landmarks);
   with_compute_type(q, [&]<typename T>(T) {
-    forward<T>(view(q), view(k), view(v), view(landmarks), {static_cast<T>(scale), static_cast<T>(tau)}, iters, eps, view(out),
-               Saved<T>(inverse, sums, mass, mean_value));
+    forward<T>(view(q), view(k), view(v), view(landmarks), {static_cast<T>(scale), static_cast<T>(tau)}, iters, eps, view(results.out),
+               Saved<T>(results.inverse, results.sums, results.mass, results.mean_value));
   });
-  return {out, inverse, sums, mass, mean_value};
+  return results.tuple();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
                                                                         const Tensor& v, const Tensor& landmarks, const Tensor& inverse,
                                                                         const Tensor& sums, const Tensor& mass, const Tensor& mean_value,
                                                                         double scale, double tau) {
-  check_inputs(q, k, v, landmarks);
+  check_attention(q, k, v, landmarks);
   check_same(grad, q, 0, 4, "the gradient and q");
   Tensor dq = empty_tokens(q), dk = empty_tokens(k), dv = empty_tokens(v), dlandmarks = empty_tokens(landmarks);
   with_compute_type(q, [&]<typename T>(T) {

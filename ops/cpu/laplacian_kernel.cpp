@@ -68,8 +68,7 @@ void backward(const View& grad, const View& x, const View& y, T scale, const Vie
       std::fill_n(partial, m * cols, T{0});
       for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
         const int64_t count = std::min(kTile, chunks.end(chunk) - first);
-        pack_rows<T>(x, head, first, count, kTile, rows);
-        k.transpose(rows, cols, kTile, cols, here, kTile);
+        pack_tile<T>(x, head, first, count, rows, here);
         drows.zeroed(kTile * cols);
         for (int64_t j = 0; j < m; j += kBlock) {
           const int64_t block = std::min(kBlock, m - j), padded_block = padded(block);
@@ -79,8 +78,7 @@ void backward(const View& grad, const View& x, const View& y, T scale, const Vie
           ahead.add(rows_ahead(x, head, first + kTile, kTile));
           ahead.add({from, row_bytes, grad.stride[3] == 1 ? block * item_bytes : 0, count});
           k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale, ahead, columns);
-          k.pack(from, grad.dtype, grad.stride[2], grad.stride[3], count,
-                 kTile, block, padded_block, grads);
+          k.pack(from, grad.dtype, grad.stride[2], grad.stride[3], count, kTile, block, padded_block, grads);
           k.transpose(grads, padded_block, kTile, padded_block, weights, kTile);
           for (int64_t i = 0; i < block * kTile; ++i) weights[i] *= columns[i] / scale;
           k.sign_tile(rows, there + (head * padded_m + j) * cols, weights, count, block, cols, drows, partial + j * cols);
@@ -106,9 +104,7 @@ Tensor laplacian_kernel(const Tensor& x, const Tensor& y, double scale) {
 }
 
 std::tuple<Tensor, Tensor> laplacian_kernel_backward(const Tensor& grad, const Tensor& x, const Tensor& y, double scale) {
-  check_points(x, y, "x and y");
-  check_same(grad, x, 0, 3, "the gradient and x");
-  STD_TORCH_CHECK(grad.size(3) == y.size(2), "lf_dense: the gradient of the kernel has ", grad.size(3), " columns for ", y.size(2), " points.");
+  check_kernel_gradient(grad, x, y);
   Tensor dx = empty_tokens(x), dy = empty_tokens(y);
   with_compute_type(x, [&]<typename T>(T) { backward<T>(view(grad), view(x), view(y), scale, view(dx), view(dy)); });
   return {dx, dy};

@@ -79,15 +79,22 @@ bool holds(DType dtype) {
   return dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
 }
 
-// A tile as (padded channels, kTile): straight from the tensor where its rows lie as packed ones do, else by way of `rows`.
+// A tile as (kTile, padded channels) and as (padded channels, kTile).
 template <typename T>
-void transpose_tile(const View& from, int64_t head, int64_t first, int64_t count, T* rows, T* to) {
+void pack_tile(const View& from, int64_t head, int64_t first, int64_t count, T* rows, T* transposed) {
+  const int64_t cols = padded(from.channels());
+  pack_rows<T>(from, head, first, count, kTile, rows);
+  kernels<T>().transpose(rows, cols, kTile, cols, transposed, kTile);
+}
+
+// The latter alone: straight from the tensor where its rows lie as packed ones do, else by way of `rows`.
+template <typename T>
+void transpose_tile(const View& from, int64_t head, int64_t first, int64_t count, T* rows, T* transposed) {
   const int64_t cols = padded(from.channels());
   if (count == kTile && holds<T>(from.dtype) && from.stride[3] == 1 && cols == from.channels()) {
-    kernels<T>().transpose(reinterpret_cast<const T*>(from.row(head, first)), from.stride[2], kTile, cols, to, kTile);
+    kernels<T>().transpose(reinterpret_cast<const T*>(from.row(head, first)), from.stride[2], kTile, cols, transposed, kTile);
   } else {
-    pack_rows<T>(from, head, first, count, kTile, rows);
-    kernels<T>().transpose(rows, cols, kTile, cols, to, kTile);
+    pack_tile<T>(from, head, first, count, rows, transposed);
   }
 }
 

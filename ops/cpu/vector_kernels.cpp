@@ -77,17 +77,23 @@ inline vec<T> signed_by(vec<T> v, T w) {
   return (vec<T>)((((bits)v & Vector<T>::sign_bit) ^ (bits)wide) & nonzero);
 }
 
-#if defined(__AVX512F__)
-// exp of a number that is at most 0, to about an ulp, denormal results included. NaN stays NaN.
-inline vec<float> exponential(vec<float> x) {
-  const vec<float> n = (vec<float>)_mm512_maskz_roundscale_ps(0xFFFF, (__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+// exp(x) / 2^n for the n nearest to x / log 2.
+inline vec<float> reduced_exponential(vec<float> x, vec<float> n) {
   const vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return (vec<float>)_mm512_maskz_scalef_ps(0xFFFF, (__m512)(p * (r * r) + r + 1.0f), (__m512)n);
+  return p * (r * r) + r + 1.0f;
+}
+
+#if defined(__AVX512F__)
+// exp of a number that is at most 0, to about an ulp, denormal results included. NaN stays NaN; scalef makes 0 of -inf.
+inline vec<float> exponential(vec<float> x) {
+  const __m512 power = (__m512)(x * 1.44269504088896341f);
+  const vec<float> n = (vec<float>)_mm512_maskz_roundscale_ps(0xFFFF, power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (vec<float>)_mm512_maskz_scalef_ps(0xFFFF, (__m512)reduced_exponential(x, n), (__m512)n);
 }
 #else
 // exp of a number that is at most 0, to about an ulp; below the smallest normal number it is 0. NaN stays NaN.
@@ -98,15 +104,8 @@ inline vec<float> exponential(vec<float> x) {
   x = underflow ? vec<float>{} - 87.33654f : x;
   const vec<float> shifted = x * 1.44269504088896341f + round;
   const vec<float> n = shifted - round;
-  const vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
   const bits power = ((bits)shifted - 0x4B400000 + 127) << 23;
-  const vec<float> result = p * (vec<float>)power;
+  const vec<float> result = reduced_exponential(x, n) * (vec<float>)power;
   return underflow ? vec<float>{} : result;
 }
 #endif
@@ -127,77 +126,65 @@ inline uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
-template <typename T, typename S, typename Convert>
-inline void pack_rows(const S* src, int64_t row_stride, int64_t channel_stride, int64_t rows, int64_t channels, int64_t cols, T* dst,
-                      Convert convert) {
+// Converts rows x channels from one layout to another; strides in elements.
+template <typename From, typename To, typename Convert>
+inline void copy_rows(const From* src, int64_t src_row, int64_t src_channel, To* dst, int64_t dst_row, int64_t dst_channel, int64_t rows,
+                      int64_t channels, Convert convert) {
   for (int64_t i = 0; i < rows; ++i) {
-    const S* from = src + i * row_stride;
-    T* to = dst + i * cols;
-    if (channel_stride == 1) {
+    const From* from = src + i * src_row;
+    To* to = dst + i * dst_row;
+    if (src_channel == 1 && dst_channel == 1) {
       for (int64_t c = 0; c < channels; ++c) to[c] = convert(from[c]);
     } else {
-      for (int64_t c = 0; c < channels; ++c) to[c] = convert(from[c * channel_stride]);
+      for (int64_t c = 0; c < channels; ++c) to[c * dst_channel] = convert(from[c * src_channel]);
     }
-    for (int64_t c = channels; c < cols; ++c) to[c] = 0;
   }
 }
 
 template <typename T>
 void pack(const void* src, DType dtype, int64_t row_stride, int64_t channel_stride, int64_t rows, int64_t padded_rows,
           int64_t channels, int64_t cols, T* dst) {
-  const auto same = [](auto x) { return static_cast<T>(x); };
+  const auto copy = [&](auto* from, auto convert) {
+    copy_rows(from, row_stride, channel_stride, dst, cols, 1, rows, channels, convert);
+  };
   switch (dtype) {
     case DType::kFloat64:
-      pack_rows(static_cast<const double*>(src), row_stride, channel_stride, rows, channels, cols, dst, same);
+      copy(static_cast<const double*>(src), [](double x) { return static_cast<T>(x); });
       break;
     case DType::kFloat32:
-      pack_rows(static_cast<const float*>(src), row_stride, channel_stride, rows, channels, cols, dst, same);
+      copy(static_cast<const float*>(src), [](float x) { return static_cast<T>(x); });
       break;
     case DType::kBFloat16:
-      pack_rows(static_cast<const uint16_t*>(src), row_stride, channel_stride, rows, channels, cols, dst,
-                [](uint16_t x) { return static_cast<T>(from_bfloat16(x)); });
+      copy(static_cast<const uint16_t*>(src), [](uint16_t x) { return static_cast<T>(from_bfloat16(x)); });
       break;
     case DType::kFloat16:
-      pack_rows(static_cast<const _Float16*>(src), row_stride, channel_stride, rows, channels, cols, dst,
-                [](_Float16 x) { return static_cast<T>(static_cast<float>(x)); });
+      copy(static_cast<const _Float16*>(src), [](_Float16 x) { return static_cast<T>(static_cast<float>(x)); });
       break;
   }
-  for (int64_t i = rows * cols; i < padded_rows * cols; ++i) dst[i] = 0;
-}
-
-template <typename T, typename S, typename Convert>
-inline void unpack_rows(const T* src, int64_t rows, int64_t channels, int64_t cols, S* dst, int64_t row_stride,
-                        int64_t channel_stride, Convert convert) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* from = src + i * cols;
-    S* to = dst + i * row_stride;
-    if (channel_stride == 1) {
-      for (int64_t c = 0; c < channels; ++c) to[c] = convert(from[c]);
-    } else {
-      for (int64_t c = 0; c < channels; ++c) to[c * channel_stride] = convert(from[c]);
-    }
+  for (int64_t i = 0; channels < cols && i < rows; ++i) {
+    for (int64_t c = channels; c < cols; ++c) dst[i * cols + c] = 0;
   }
+  for (int64_t i = rows * cols; i < padded_rows * cols; ++i) dst[i] = 0;
 }
 
 template <typename T>
 void unpack(const T* src, int64_t rows, int64_t channels, int64_t cols, void* dst, DType dtype, int64_t row_stride,
             int64_t channel_stride) {
+  const auto copy = [&](auto* to, auto convert) {
+    copy_rows(src, cols, 1, to, row_stride, channel_stride, rows, channels, convert);
+  };
   switch (dtype) {
     case DType::kFloat64:
-      unpack_rows(src, rows, channels, cols, static_cast<double*>(dst), row_stride, channel_stride,
-                  [](T x) { return static_cast<double>(x); });
+      copy(static_cast<double*>(dst), [](T x) { return static_cast<double>(x); });
       break;
     case DType::kFloat32:
-      unpack_rows(src, rows, channels, cols, static_cast<float*>(dst), row_stride, channel_stride,
-                  [](T x) { return static_cast<float>(x); });
+      copy(static_cast<float*>(dst), [](T x) { return static_cast<float>(x); });
       break;
     case DType::kBFloat16:
-      unpack_rows(src, rows, channels, cols, static_cast<uint16_t*>(dst), row_stride, channel_stride,
-                  [](T x) { return to_bfloat16(static_cast<float>(x)); });
+      copy(static_cast<uint16_t*>(dst), [](T x) { return to_bfloat16(static_cast<float>(x)); });
       break;
     case DType::kFloat16:
-      unpack_rows(src, rows, channels, cols, static_cast<_Float16*>(dst), row_stride, channel_stride,
-                  [](T x) { return static_cast<_Float16>(static_cast<float>(x)); });
+      copy(static_cast<_Float16*>(dst), [](T x) { return static_cast<_Float16>(static_cast<float>(x)); });
       break;
   }
 }

@@ -66,9 +66,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   T* mass = sums + static_cast<int64_t>(m) * channels;
   T deviation = 0;
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
-    const int64_t first = (chunk * a.cut.tiles_per_chunk + tile) * kTokens<T>;
-    if (first >= a.cut.tokens) break;
-    const int count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.cut.tokens - first));
+    const auto [first, count] = a.cut.template span<T>(chunk, tile);
+    if (count == 0) break;
     __syncthreads();
     load_tokens<T, DK>(k, first, count, keys);
     load_tokens<T, DK>(v, first, count, values);
@@ -313,9 +312,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) query_gradie
   T* dpooled_mass = dlandmarks + static_cast<int64_t>(m) * channels;
   T grad_sum = 0;
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
-    const int64_t first = (chunk * a.cut.tiles_per_chunk + tile) * kTokens<T>;
-    if (first >= a.cut.tokens) break;
-    const int count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.cut.tokens - first));
+    const auto [first, count] = a.cut.template span<T>(chunk, tile);
+    if (count == 0) break;
     __syncthreads();
     load_tokens<T, DK>(q, first, count, queries);
     load_tokens<T, DK>(grad, first, count, grads);
@@ -438,9 +436,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) key_gradient
   const T n = static_cast<T>(a.cut.tokens);
   T* dlandmarks = a.partials + blockIdx.x * static_cast<int64_t>(m) * channels;
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
-    const int64_t first = (chunk * a.cut.tiles_per_chunk + tile) * kTokens<T>;
-    if (first >= a.cut.tokens) break;
-    const int count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.cut.tokens - first));
+    const auto [first, count] = a.cut.template span<T>(chunk, tile);
+    if (count == 0) break;
     __syncthreads();
     load_tokens<T, DK>(Rows::of(a.k, head), first, count, keys);
     load_tokens<T, DK>(Rows::of(a.v, head), first, count, values);
@@ -504,13 +501,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) key_gradient
   }
 }
 
-void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks) {
-  check_same(q, k, 0, 4, "q and k");
-  check_same(q, v, 0, 4, "q and v");
-  check_points(q, landmarks, "q and the landmarks");
-  STD_TORCH_CHECK(q.size(2) > 0 && landmarks.size(2) > 0, "lf_dense: the attention needs at least one token and one landmark.");
-}
-
 // U = A P and t = A p from what the forward pass saved.
 template <typename T>
 void pool(const T* inverse, const T* sums, const T* mass, int64_t heads, int64_t m, int64_t channels, T* values, T* pooled_mass,
@@ -523,7 +513,7 @@ void pool(const T* inverse, const T* sums, const T* mass, int64_t heads, int64_t
 
 template <typename T, int DK>
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks, double scale, int64_t iters, double eps, double tau,
-             const Tensor& out, const Tensor& inverse, const Tensor& sums, const Tensor& mass, const Tensor& mean_value) {
+             const AttentionResults& results) {
   const int64_t heads = q.size(0) * q.size(1), channels = q.size(3), m = landmarks.size(2);
   const ScalarType type = compute_type(q);
   const Cut cut = Cut::of<T>(q.size(2));
@@ -538,25 +528,25 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
   const int64_t stream_bytes = fixed + keys.groups_per_round * per_group;
   const int64_t side = padded_to_four(static_cast<int>(m));
   const int64_t solve_bytes = std::max<int64_t>(solver_bytes<T>(m, static_cast<int>(iters)), (side * side + m * (channels + 1)) * sizeof(T));
-  keys.iters = static_cast<int>(iters), keys.eps = eps, keys.inverse = data<T>(inverse);
+  keys.iters = static_cast<int>(iters), keys.eps = eps, keys.inverse = data<T>(results.inverse);
   // Beside the stream where its blocks' shared memory has room; a solver that needs more would cost the stream its occupancy.
   keys.solver_blocks = solve_bytes <= stream_bytes ? heads : 0;
   if (keys.solver_blocks == 0) {
     Tensor gram = empty({q.size(0), q.size(1), m, m}, type, q);
     kernel_matrix(landmarks, landmarks, scale, gram);
-    invert<T>(data<T>(gram), heads, m, iters, eps, data<T>(inverse), q);
+    invert<T>(data<T>(gram), heads, m, iters, eps, data<T>(results.inverse), q);
   }
   launch(stream_keys<T, DK>, keys.solver_blocks + heads * cut.chunks, kThreads, stream_bytes, q, keys);
 
   Tensor pooled_values = empty({heads, m, channels}, type, q), pooled_mass = empty({heads, m}, type, q);
-  const FinishArguments<T> finish{data<T>(partials),  data<T>(inverse), keys.partial_size,        cut,
-                                  kTokens<T>,         static_cast<int>(m), static_cast<int>(channels), data<T>(sums),
-                                  data<T>(mass),      data<T>(mean_value), data<T>(pooled_values),  data<T>(pooled_mass)};
+  const FinishArguments<T> finish{data<T>(partials),  data<T>(results.inverse), keys.partial_size,        cut,
+                                  kTokens<T>,         static_cast<int>(m), static_cast<int>(channels), data<T>(results.sums),
+                                  data<T>(results.mass),      data<T>(results.mean_value), data<T>(pooled_values),  data<T>(pooled_mass)};
   const int64_t finish_bytes = 4 * kFinishThreads * (sizeof(double) + sizeof(T)) + 4 * m * sizeof(T);
   launch(finish_keys<T>, heads * ((channels + 3) / 4 + 1), kFinishThreads, finish_bytes, q, finish);
 
-  QueryArguments<T> queries{view(q), view(landmarks), view(out), static_cast<T>(scale), static_cast<T>(tau), 0, 0,
-                            (q.size(2) + kTokens<T> - 1) / kTokens<T>, data<T>(pooled_values), data<T>(pooled_mass), data<T>(mean_value)};
+  QueryArguments<T> queries{view(q), view(landmarks), view(results.out), static_cast<T>(scale), static_cast<T>(tau), 0, 0,
+                            (q.size(2) + kTokens<T> - 1) / kTokens<T>, data<T>(pooled_values), data<T>(pooled_mass), data<T>(results.mean_value)};
   fixed = kTokenBytes<T, DK> + kWarps * kTokens<T> * sizeof(T), per_group = 2 * kLandmarkBytes<T, DK> + kColumnBytes<T>;
   queries.groups_per_round = groups_that_fit(m, fixed, per_group);
   queries.rounds = rounds_of(m, queries.groups_per_round);
@@ -628,23 +618,18 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> laplacian_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                                                        const Tensor& landmarks, double scale, int64_t iters, double eps,
                                                                        double tau) {
-  check_inputs(q, k, v, landmarks);
+  check_attention(q, k, v, landmarks);
   const OnDeviceOf guard(q);
-  const int64_t batch = q.size(0), heads = q.size(1), channels = q.size(3), m = landmarks.size(2);
-  const ScalarType type = compute_type(q);
-  Tensor out = empty_tokens(q), inverse = empty({batch, heads, m, m}, type, q), sums = empty({batch, heads, m, channels}, type, q);
-  Tensor mass = empty({batch, heads, m}, type, q), mean_value = empty({batch, heads, channels}, type, q);
-  with_tiling(q, [&]<typename T, int DK>() {
-    forward<T, DK>(q, k, v, landmarks, scale, iters, eps, tau, out, inverse, sums, mass, mean_value);
-  });
-  return {out, inverse, sums, mass, mean_value};
+  const AttentionResults results(q, landmarks);
+  with_tiling(q, [&]<typename T, int DK>() { forward<T, DK>(q, k, v, landmarks, scale, iters, eps, tau, results); });
+  return results.tuple();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
                                                                         const Tensor& v, const Tensor& landmarks, const Tensor& inverse,
                                                                         const Tensor& sums, const Tensor& mass, const Tensor& mean_value,
                                                                         double scale, double tau) {
-  check_inputs(q, k, v, landmarks);
+  check_attention(q, k, v, landmarks);
   check_same(grad, q, 0, 4, "the gradient and q");
   const OnDeviceOf guard(q);
   Tensor dq = empty_tokens(q), dk = empty_tokens(k), dv = empty_tokens(v), dlandmarks = empty_tokens(landmarks);

@@ -63,9 +63,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(con
   const int m = static_cast<int>(a.y.size[2]), per_round = a.groups_per_round * kGroup;
   T* partial = a.partials + blockIdx.x * static_cast<int64_t>(m) * x.channels;
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
-    const int64_t first = (chunk * a.cut.tiles_per_chunk + tile) * kTokens<T>;
-    if (first >= a.cut.tokens) break;
-    const int count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.cut.tokens - first));
+    const auto [first, count] = a.cut.template span<T>(chunk, tile);
+    if (count == 0) break;
     __syncthreads();
     load_tokens<T, DK>(x, first, count, tokens);
     clear_tokens<T, DK>(dtokens);
@@ -138,9 +137,7 @@ Tensor laplacian_kernel(const Tensor& x, const Tensor& y, double scale) {
 }
 
 std::tuple<Tensor, Tensor> laplacian_kernel_backward(const Tensor& grad, const Tensor& x, const Tensor& y, double scale) {
-  check_points(x, y, "x and y");
-  check_same(grad, x, 0, 3, "the gradient and x");
-  STD_TORCH_CHECK(grad.size(3) == y.size(2), "lf_dense: the gradient of the kernel has ", grad.size(3), " columns for ", y.size(2), " points.");
+  check_kernel_gradient(grad, x, y);
   const OnDeviceOf guard(x);
   Tensor dx = empty_tokens(x), dy = empty_tokens(y);
   kernel_gradients(grad, x, y, scale, dx, dy);

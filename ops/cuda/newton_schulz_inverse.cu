@@ -66,9 +66,7 @@ void invert_large(const T* w, int64_t batch, int64_t m, int64_t iters, double ep
 }
 
 Tensor newton_schulz_inverse(const Tensor& w, int64_t iters, double eps) {
-  STD_TORCH_CHECK(w.dim() >= 2 && w.size(-1) == w.size(-2), "lf_dense: the solver takes square matrices.");
-  const ScalarType type = w.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "lf_dense: the solver runs in float32 or float64: widen its input.");
+  check_matrices(w);
   const OnDeviceOf guard(w);
   Tensor packed = torch::stable::contiguous(w), out = torch::stable::empty_like(packed);
   const int64_t m = w.size(-1), batch = m ? w.numel() / (m * m) : 0;

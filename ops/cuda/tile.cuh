@@ -71,33 +71,44 @@ constexpr int kSummedQuads = 8;
 template <typename T>
 using Columns = T[kGroup][kPerLane<T>];
 
+// sum[j][i] += term(token's channel, landmark's channel) over some quads of channels, for the lanes' tokens and the warp's landmarks.
+template <typename T, int DK, typename Term>
+__device__ inline void add_channels(const Four<T>* tokens, const Four<T>* landmarks, int first_quad, int end_quad, Term term, Columns<T>& sum) {
+  const int lane = threadIdx.x % kWarp;
+  for (int quad = first_quad; quad < end_quad; ++quad) {
+    Four<T> here[kPerLane<T>];
+#pragma unroll
+    for (int i = 0; i < kPerLane<T>; ++i) here[i] = tokens[quad * kTokenStride<T> + lane + i * kWarp];
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      const Four<T> there = landmarks[j * kQuads<DK> + quad];
+#pragma unroll
+      for (int i = 0; i < kPerLane<T>; ++i) {
+#pragma unroll
+        for (int u = 0; u < 4; ++u) sum[j][i] += term(here[i].at[u], there.at[u]);
+      }
+    }
+  }
+}
+
+template <typename T>
+__device__ inline void clear_columns(Columns<T>& columns) {
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+    for (int i = 0; i < kPerLane<T>; ++i) columns[j][i] = 0;
+  }
+}
+
 // kappa between the lanes' tokens and the warp's landmarks, 0 beyond the real ones.
 template <typename T, int DK>
 __device__ inline void kernel_columns(const Four<T>* tokens, const Four<T>* landmarks, int channels, int token_count, int group_count, T scale,
                                       Columns<T>& out) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j) {
-#pragma unroll
-    for (int i = 0; i < kPerLane<T>; ++i) out[j][i] = 0;
-  }
-  const int quads = (channels + 3) / 4;
+  const int lane = threadIdx.x % kWarp, quads = (channels + 3) / 4;
+  clear_columns<T>(out);
   for (int first = 0; first < quads; first += kSummedQuads) {
     Columns<T> sum = {};
-    for (int quad = first; quad < min(quads, first + kSummedQuads); ++quad) {
-      Four<T> here[kPerLane<T>];
-#pragma unroll
-      for (int i = 0; i < kPerLane<T>; ++i) here[i] = tokens[quad * kTokenStride<T> + lane + i * kWarp];
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
-        const Four<T> there = landmarks[j * kQuads<DK> + quad];
-#pragma unroll
-        for (int i = 0; i < kPerLane<T>; ++i) {
-#pragma unroll
-          for (int u = 0; u < 4; ++u) sum[j][i] += absolute(here[i].at[u] - there.at[u]);
-        }
-      }
-    }
+    add_channels<T, DK>(tokens, landmarks, first, min(quads, first + kSummedQuads), [](T x, T y) { return absolute(x - y); }, sum);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
@@ -118,27 +129,8 @@ __device__ inline void kernel_columns(const Four<T>* tokens, const Four<T>* land
 // Inner products of the lanes' tokens with the warp's landmark rows.
 template <typename T, int DK>
 __device__ inline void product_columns(const Four<T>* tokens, const Four<T>* landmarks, int channels, Columns<T>& out) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j) {
-#pragma unroll
-    for (int i = 0; i < kPerLane<T>; ++i) out[j][i] = 0;
-  }
-  const int quads = (channels + 3) / 4;
-  for (int quad = 0; quad < quads; ++quad) {
-    Four<T> here[kPerLane<T>];
-#pragma unroll
-    for (int i = 0; i < kPerLane<T>; ++i) here[i] = tokens[quad * kTokenStride<T> + lane + i * kWarp];
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      const Four<T> there = landmarks[j * kQuads<DK> + quad];
-#pragma unroll
-      for (int i = 0; i < kPerLane<T>; ++i) {
-#pragma unroll
-        for (int u = 0; u < 4; ++u) out[j][i] += here[i].at[u] * there.at[u];
-      }
-    }
-  }
+  clear_columns<T>(out);
+  add_channels<T, DK>(tokens, landmarks, 0, (channels + 3) / 4, [](T x, T y) { return x * y; }, out);
 }
 
 // The warp's columns into its rows of shared memory; only this warp reads them until a barrier.
@@ -310,11 +302,23 @@ __device__ inline void add_scalar(T lane_value, bool set, T* to) {
   if (threadIdx.x % kWarp == 0) *to = set ? sum : *to + sum;
 }
 
+struct Span {
+  int64_t first;
+  int count;
+};
+
 // How tokens are cut up: by their number alone, so that the bits do not depend on the batch or the device.
 struct Cut {
   int64_t tokens;
   int tiles_per_chunk;
   int64_t chunks;
+
+  // The first token of a chunk's tile and how many there are, none beyond the last.
+  template <typename T>
+  __device__ Span span(int64_t chunk, int tile) const {
+    const int64_t first = (chunk * tiles_per_chunk + tile) * kTokens<T>;
+    return {first, static_cast<int>(max(int64_t{0}, min(static_cast<int64_t>(kTokens<T>), tokens - first)))};
+  }
 
   template <typename T>
   static Cut of(int64_t tokens) {
