@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from mmengine.device import get_device
@@ -14,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lf_dense import LaplacianFormer
 from lf_dense.laplacianformer import ARCHS
+from lf_dense.timing import timed
 
 
 def build_peers() -> dict[str, nn.Module]:
@@ -25,14 +25,6 @@ def build_peers() -> dict[str, nn.Module]:
         "Swin-T": SwinTransformer(),
         "ResNet-50": ResNet(50),
     }
-
-
-def seconds(call: Callable[[], object], device: str) -> float:
-    started = time.perf_counter()
-    call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 @torch.no_grad()
@@ -54,7 +46,7 @@ def main() -> None:
     # In turn, so that a machine that slows down slows all of them.
     for _ in range(args.repeat):
         for name, model in models.items():
-            times[name].append(seconds(lambda model=model: model(image), args.device))
+            times[name].append(timed(functools.partial(model, image), args.device)[0])
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, 1 x 3 x {args.shape[0]} x {args.shape[1]}")
     print("| backbone | median s | min s | max s |\n|---|---|---|---|")
     for name, found in times.items():

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import statistics
-import time
 
 import torch
 from mmengine.device import get_device
@@ -18,6 +18,7 @@ from mmengine.optim import build_optim_wrapper
 from lf_dense import cli, use_backend
 from lf_dense.errors import UsageError
 from lf_dense.frameworks import framework_of, load_config
+from lf_dense.timing import timed
 
 BACKENDS = ("native", "reference")
 
@@ -27,17 +28,6 @@ def random_batch(batch_size: int, shape: tuple[int, int], num_classes: int) -> d
     from mmdet.testing import demo_mm_inputs
 
     return demo_mm_inputs(batch_size, [(3, *shape)] * batch_size, [8] * batch_size, num_classes)
-
-
-def step(model: torch.nn.Module, optimizer: object, data: dict, device: str) -> tuple[float, dict[str, float]]:
-    """Seconds and losses of one ``train_step``."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    losses = model.train_step(copy.deepcopy(data), optimizer)
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, {name: float(value) for name, value in losses.items()}
 
 
 def main() -> None:
@@ -70,9 +60,10 @@ def main() -> None:
         for name in BACKENDS:
             # The same drop path for both.
             torch.manual_seed(turn)
+            train_step = functools.partial(models[name].train_step, copy.deepcopy(data), optimizers[name])
             with use_backend(name):
-                spent, found = step(models[name], optimizers[name], data, args.device)
-            losses[name].append(found)
+                spent, found = timed(train_step, args.device)
+            losses[name].append({key: float(value) for key, value in found.items()})
             if turn > 0:
                 times[name].append(spent)
     figures = {
