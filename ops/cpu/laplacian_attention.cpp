@@ -142,10 +142,10 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
   const Chunks chunks(rows);
   const int64_t partial_size = m * cols + padded_m + cols;
   Scratch<T> partials(heads * chunks.count * partial_size);
-  torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
+  share_out(heads * chunks.count, [&](const auto& take) {
     Scratch<T> values(chunks.length * cols), tile(kTile * cols), transposed(kTile * cols), kernel(m * kTile);
     Scratch<T> lane_mass(m * kTile);
-    for (int64_t item = begin; item < end; ++item) {
+    for (int64_t item = take(); item >= 0; item = take()) {
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
       const int64_t first = chunks.first(chunk), count = chunks.end(chunk) - first;
       T* sums = partials + item * partial_size;
@@ -211,9 +211,9 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
     copy_rows<T>(inverse, padded_m, m, m, saved.inverse + head * m * m, m);
   });
 
-  torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
+  share_out(heads * chunks.count, [&](const auto& take) {
     Scratch<T> tile(kTile * cols), transposed(kTile * cols), kernel(m * kTile), mass(kTile), reciprocal(kTile);
-    for (int64_t item = begin; item < end; ++item) {
+    for (int64_t item = take(); item >= 0; item = take()) {
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
       const T* values = pooled.values + head * m * cols;
       const T* mean = mean_values + head * cols;
@@ -258,10 +258,10 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
   const Chunks chunks(rows);
   const int64_t partial_size = 2 * m * cols + padded_m + cols;
   Scratch<T> partials(heads * chunks.count * partial_size);
-  torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
+  share_out(heads * chunks.count, [&](const auto& take) {
     Scratch<T> tile(kTile * cols), transposed(kTile * cols), grads(kTile * cols), dtile(kTile * cols);
     Scratch<T> kernel(m * kTile), dkernel(m * kTile), mass(kTile), reciprocal(kTile), dmass(kTile), lane_dmass(m * kTile);
-    for (int64_t item = begin; item < end; ++item) {
+    for (int64_t item = take(); item >= 0; item = take()) {
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
       T* dvalues = partials + item * partial_size;
       T* dlandmark = dvalues + m * cols;
@@ -360,10 +360,10 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
 
   // Keys and values.
   Scratch<T> key_partials(heads * chunks.count * m * cols);
-  torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
+  share_out(heads * chunks.count, [&](const auto& take) {
     Scratch<T> tile(kTile * cols), transposed(kTile * cols), values(kTile * cols), dtile(kTile * cols);
     Scratch<T> kernel(m * kTile), dkernel(m * kTile);
-    for (int64_t item = begin; item < end; ++item) {
+    for (int64_t item = take(); item >= 0; item = take()) {
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
       T* dlandmark = key_partials + item * m * cols;
       std::fill_n(dlandmark, m * cols, T{0});

@@ -19,30 +19,32 @@ template <typename T>
 void forward(const View& x, const View& y, T scale, const View& out) {
   const Kernels<T>& k = kernels<T>();
   const int64_t channels = x.channels(), cols = padded(channels), m = y.rows(), padded_m = padded(m);
-  const int64_t tiles = (x.rows() + kTile - 1) / kTile;
+  const Chunks chunks(x.rows());
   Scratch<T> transposed(x.heads() * padded_m * cols);
   parallel(x.heads(), [&](int64_t head) {
     Scratch<T> rows(padded_m * cols);
     pack_transposed<T>(y, head, rows, transposed + head * padded_m * cols);
   });
-  torch::stable::parallel_for(0, x.heads() * tiles, 1, [&](int64_t begin, int64_t end) {
+  share_out(x.heads() * chunks.count, [&](const auto& take) {
     Scratch<T> rows(kTile * cols), here(kTile * cols), columns(kBlock * kTile), result(kBlock * kTile);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t head = item / tiles, first = item % tiles * kTile, count = std::min(kTile, x.rows() - first);
-      transpose_tile<T>(x, head, first, count, rows, here);
-      for (int64_t j = 0; j < m; j += kBlock) {
-        const int64_t block = std::min(kBlock, m - j);
-        const int64_t item_bytes = item_size(out.dtype);
-        char* to = out.row(head, first) + j * item_bytes;
-        Ahead ahead;
-        ahead.add(rows_ahead(x, head, first + kTile, kTile));
-        ahead.add({to, out.stride[2] * item_bytes, block * item_bytes, count});
-        k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale, ahead, columns);
-        if (holds<T>(out.dtype)) {
-          k.transpose(columns, kTile, block, count, reinterpret_cast<T*>(to), out.stride[2]);
-        } else {
-          k.transpose(columns, kTile, block, count, result, padded(block));
-          k.unpack(result, count, block, padded(block), to, out.dtype, out.stride[2], out.stride[3]);
+    for (int64_t item = take(); item >= 0; item = take()) {
+      const int64_t head = item / chunks.count, chunk = item % chunks.count;
+      for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
+        const int64_t count = std::min(kTile, chunks.end(chunk) - first);
+        transpose_tile<T>(x, head, first, count, rows, here);
+        for (int64_t j = 0; j < m; j += kBlock) {
+          const int64_t block = std::min(kBlock, m - j), item_bytes = item_size(out.dtype);
+          char* to = out.row(head, first) + j * item_bytes;
+          Ahead ahead;
+          ahead.add(rows_ahead(x, head, first + kTile, kTile));
+          ahead.add({to, out.stride[2] * item_bytes, block * item_bytes, count});
+          k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale, ahead, columns);
+          if (holds<T>(out.dtype)) {
+            k.transpose(columns, kTile, block, count, reinterpret_cast<T*>(to), out.stride[2]);
+          } else {
+            k.transpose(columns, kTile, block, count, result, padded(block));
+            k.unpack(result, count, block, padded(block), to, out.dtype, out.stride[2], out.stride[3]);
+          }
         }
       }
     }
@@ -59,10 +61,10 @@ void backward(const View& grad, const View& x, const View& y, T scale, const Vie
     pack_transposed<T>(y, head, there + head * padded_m * cols, transposed + head * padded_m * cols);
   });
   Scratch<T> partials(heads * chunks.count * m * cols);
-  torch::stable::parallel_for(0, heads * chunks.count, 1, [&](int64_t begin, int64_t end) {
+  share_out(heads * chunks.count, [&](const auto& take) {
     Scratch<T> rows(kTile * cols), here(kTile * cols), drows(kTile * cols);
     Scratch<T> columns(kBlock * kTile), grads(kBlock * kTile), weights(kBlock * kTile);
-    for (int64_t item = begin; item < end; ++item) {
+    for (int64_t item = take(); item >= 0; item = take()) {
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
       T* partial = partials + item * m * cols;
       std::fill_n(partial, m * cols, T{0});

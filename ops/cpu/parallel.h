@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -29,10 +30,23 @@ class Scratch {
   std::unique_ptr<T, decltype(&std::free)> data_;
 };
 
+// Runs `worker(take)` on each thread; take() hands out 0 .. count - 1, each once and in order, and then -1. Threads that are slower,
+// or busy elsewhere, take fewer.
+template <typename Worker>
+void share_out(int64_t count, const Worker& worker) {
+  std::atomic<int64_t> next{0};
+  const auto take = [&] {
+    const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
+    return item < count ? item : int64_t{-1};
+  };
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { worker(take); });
+}
+
 template <typename Run>
 void parallel(int64_t count, const Run& run) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(i);
+  share_out(count, [&](const auto& take) {
+    for (int64_t i = take(); i >= 0; i = take()) run(i);
   });
 }
 
