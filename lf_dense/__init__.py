@@ -19,18 +19,22 @@ __all__ = [
     "build_info",
     "laplacian_attention",
     "laplacian_kernel",
+    "load_pretrained",
     "newton_schulz_inverse",
+    "swap_backbone",
     "use_backend",
 ]
 
 if _find_spec("mmengine") is not None:
     from .frameworks import align_config_names as _align_config_names
     from .laplacianformer import LaplacianFormer
+    from .pretrained import load_pretrained
+    from .swap import swap_backbone
 
     _align_config_names()
 else:
 
     def __getattr__(name: str) -> object:
-        if name == "LaplacianFormer":
-            raise ImportError("lf_dense.LaplacianFormer needs mmengine: pip install onedl-mmengine (or mmengine).")
+        if name in ("LaplacianFormer", "load_pretrained", "swap_backbone"):
+            raise ImportError(f"lf_dense.{name} needs mmengine: pip install onedl-mmengine (or mmengine).")
         raise AttributeError(f"module 'lf_dense' has no attribute {name!r}")

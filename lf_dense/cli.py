@@ -6,10 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 
 from .errors import UsageError
+from .frameworks import load_config, override_config
+from .laplacianformer import ARCHS
+from .runs import DEFAULT_WORK_DIRS
+from .swap import set_pretrained, swap_backbone
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 
@@ -23,6 +28,28 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help='override settings of the config, by dotted key; lists as key="[a,b]"; data_root=... moves all data paths at once',
     )
+
+
+def add_backbone_options(parser: argparse.ArgumentParser) -> None:
+    """``--backbone`` and ``--pretrained``."""
+    parser.add_argument("--backbone", choices=ARCHS, help="put a LaplacianFormer of this size in place of the config's backbone")
+    parser.add_argument("--pretrained", metavar="CKPT", help="start the LaplacianFormer from this checkpoint")
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The config of a command line, with its backbone replaced where asked, and then its settings overridden.
+
+    Raises:
+        UsageError: config, backbone or weights cannot work.
+    """
+    config = load_config(args.config)
+    if args.backbone:
+        config = swap_backbone(config, args.backbone, args.pretrained)
+        config.setdefault("work_dir", str(DEFAULT_WORK_DIRS / f"{Path(config.filename).stem}_lf-{args.backbone}"))
+    elif args.pretrained:
+        set_pretrained(config, args.pretrained)
+    override_config(config, args.cfg_options)
+    return config
 
 
 def add_launcher(parser: argparse.ArgumentParser) -> None:

@@ -58,6 +58,12 @@ def align_config_names() -> None:
         MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
+def type_name(settings: dict[str, Any] | None) -> str:
+    """A component's name without its scope, whether the config has a string or, in the pure Python style, a class."""
+    kind = (settings or {}).get("type") or ""
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+
+
 def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
     """Read a config by path or by a packaged name like ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``.
 
@@ -78,18 +84,23 @@ def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
         raise UsageError(f"the config {name!r} is not there: give the path of a file or a packaged name like mmdet::...")
     try:
         config = get_config(name) if packaged else Config.fromfile(name)
-    except (ModuleNotFoundError, FileNotFoundError) as error:
+    except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
         for framework in FRAMEWORKS.values():
             if not framework.installed and framework.scope in str(error):
                 raise UsageError(f"the config {name!r} cannot be read: {framework.how_to_install}") from error
         raise UsageError(f"the config {name!r} cannot be read: {error}") from error
 
+    override_config(config, options)
+    return config
+
+
+def override_config(config: Config, options: dict[str, Any] | None) -> None:
+    """Apply ``load_config``'s ``options`` to a config."""
     options = dict(options or {})
     data_root = options.pop("data_root", None)
     config.merge_from_dict(options)
     if data_root is not None:
         move_data_root(config, data_root)
-    return config
 
 
 def framework_of(config: Config) -> Framework:

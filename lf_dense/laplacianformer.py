@@ -165,11 +165,13 @@ class LaplacianFormer(BaseModule):
         kernel_scale: the Laplacian kernel's scale lambda.
         newton_iters: Newton-Schulz steps of the landmark inverse.
         normalization: ``"mass"``, ``"whiten_keys"`` or ``"whiten_landmarks"``; see ``lf_dense.functional.laplacian_attention``.
+        out_channels_last: return the maps as they lie in memory, channels-last. False copies each once into the usual layout, for
+            necks and heads with operators that refuse any other (mmcv's deformable convolution does).
         init_cfg: mmengine initialisation, ``dict(type="Pretrained", checkpoint=...)`` for example. None keeps the default:
             truncated normal of 0.02 for linear layers, fan-out normal for convolutions.
 
     Input: float images ``(B, in_channels, H, W)`` with H and W at least 32, odd sizes included.
-    Output: a tuple of maps ``(B, embed_dims[i], ceil(H / stride), ceil(W / stride))``, channels-last in memory.
+    Output: a tuple of maps ``(B, embed_dims[i], ceil(H / stride), ceil(W / stride))``, channels-last in memory by default.
 
     Raises:
         ValueError: an argument is out of range; the message says which and what is possible.
@@ -191,6 +193,7 @@ class LaplacianFormer(BaseModule):
         kernel_scale: float = 4.0,
         newton_iters: int = 10,
         normalization: str = "mass",
+        out_channels_last: bool = True,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
@@ -211,7 +214,8 @@ class LaplacianFormer(BaseModule):
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths)).tolist())
+        self.out_channels_last = out_channels_last
+        drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths), device="cpu").tolist())
         self.stages = nn.ModuleList()
         for index, dims in enumerate(self.embed_dims):
             blocks = [
@@ -287,7 +291,7 @@ class LaplacianFormer(BaseModule):
         for index, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
             x = stage(x)
             if index in self.out_indices:
-                outs.append(x)
+                outs.append(x if self.out_channels_last else x.contiguous())
         return tuple(outs)
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:

@@ -20,7 +20,7 @@ from mmengine.structures import BaseDataElement
 
 from .checkpoints import check_checkpoint, is_remote, load_weights, write_atomically
 from .errors import UsageError
-from .frameworks import datasets_of, framework_of
+from .frameworks import datasets_of, framework_of, type_name
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -42,16 +42,11 @@ def find_images(path: str | Path) -> list[Path]:
     return images
 
 
-def _type_name(step: dict[str, Any]) -> str:
-    """A transform's name, whether the config gives it as a string or, in mmengine's pure Python style, as the class."""
-    return step["type"] if isinstance(step["type"], str) else step["type"].__name__
-
-
 def _image_pipeline(config: Config) -> Compose:
     """The test pipeline without annotations, reading files."""
     (_, dataset), *_ = datasets_of(config, ("test",))
-    steps = [step for step in dataset["pipeline"] if "Annotations" not in _type_name(step)]
-    if "LoadImageFromFile" not in _type_name(steps[0]):
+    steps = [step for step in dataset["pipeline"] if "Annotations" not in type_name(step)]
+    if "LoadImageFromFile" not in type_name(steps[0]):
         steps[0] = {"type": "LoadImageFromFile"}
     return Compose(steps)
 

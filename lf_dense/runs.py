@@ -17,6 +17,7 @@ from .errors import UsageError
 from .frameworks import check_data, framework_of
 
 AUTO = "auto"
+DEFAULT_WORK_DIRS = Path("work_dirs")
 
 
 def set_work_dir(config: Config, work_dir: str | None) -> None:
@@ -24,7 +25,7 @@ def set_work_dir(config: Config, work_dir: str | None) -> None:
     if work_dir is not None:
         config.work_dir = work_dir
     elif config.get("work_dir") is None:
-        config.work_dir = str(Path("work_dirs", Path(config.filename).stem))
+        config.work_dir = str(DEFAULT_WORK_DIRS / Path(config.filename).stem)
 
 
 def enable_amp(config: Config) -> None:

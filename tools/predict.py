@@ -6,8 +6,7 @@ import argparse
 
 from mmengine.device import get_device
 
-from lf_dense.cli import add_config_options, run
-from lf_dense.frameworks import load_config
+from lf_dense.cli import add_backbone_options, add_config_options, read_config, run
 from lf_dense.prediction import Predictor, find_images, predict_images
 
 
@@ -19,10 +18,11 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for pictures and predictions.json")
     parser.add_argument("--score-thr", type=float, default=0.3, help="drop detections below this score (default: %(default)s)")
     parser.add_argument("--device", default=get_device(), help="torch device (default here: %(default)s)")
+    add_backbone_options(parser)
     add_config_options(parser)
     args = parser.parse_args()
     find_images(args.source)
-    predictor = Predictor(load_config(args.config, args.cfg_options), args.checkpoint, args.device)
+    predictor = Predictor(read_config(args), args.checkpoint, args.device)
     print(f"wrote {predict_images(predictor, args.source, args.out, args.score_thr)} and the pictures beside it")
 
 

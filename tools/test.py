@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lf_dense.cli import add_config_options, add_launcher, run, set_local_rank
-from lf_dense.frameworks import load_config
+from lf_dense.cli import add_backbone_options, add_config_options, add_launcher, read_config, run, set_local_rank
 from lf_dense.runs import build_testing_runner
 
 
@@ -16,12 +15,13 @@ def main() -> None:
     parser.add_argument("--work-dir", help="folder for logs and metrics (default: work_dirs/CONFIG'S NAME)")
     parser.add_argument("--out", metavar="FILE.pkl", help="also save the raw predictions")
     parser.add_argument("--show-dir", help="also draw every image with its ground truth and prediction into this folder")
+    add_backbone_options(parser)
     add_config_options(parser)
     add_launcher(parser)
     args = parser.parse_args()
     set_local_rank(args.local_rank)
     build_testing_runner(
-        load_config(args.config, args.cfg_options),
+        read_config(args),
         args.checkpoint,
         work_dir=args.work_dir,
         show_dir=args.show_dir,

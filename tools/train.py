@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from lf_dense.cli import add_config_options, add_launcher, run, set_local_rank
-from lf_dense.frameworks import load_config
+from lf_dense.cli import add_backbone_options, add_config_options, add_launcher, read_config, run, set_local_rank
 from lf_dense.runs import AUTO, build_training_runner
 
 
@@ -25,12 +24,13 @@ def main() -> None:
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision (needs a GPU)")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the global batch size")
+    add_backbone_options(parser)
     add_config_options(parser)
     add_launcher(parser)
     args = parser.parse_args()
     set_local_rank(args.local_rank)
     build_training_runner(
-        load_config(args.config, args.cfg_options),
+        read_config(args),
         work_dir=args.work_dir,
         resume=args.resume,
         amp=args.amp,

@@ -1,0 +1,36 @@
+"""Write a config with a LaplacianFormer in place of its backbone: one self-contained file that any mm tool reads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mmengine.config import DictAction
+
+from lf_dense.checkpoints import write_atomically
+from lf_dense.cli import run
+from lf_dense.errors import UsageError
+from lf_dense.laplacianformer import ARCHS
+from lf_dense.swap import swap_backbone
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="path or packaged name of the config")
+    parser.add_argument("out", type=Path, metavar="OUT.py", help="file to write")
+    parser.add_argument("--backbone", choices=ARCHS, default="tiny", help="size of the LaplacianFormer (default: %(default)s)")
+    parser.add_argument("--pretrained", metavar="CKPT", help="start the LaplacianFormer from this checkpoint")
+    parser.add_argument("--backbone-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="its other arguments")
+    args = parser.parse_args()
+    if args.out.suffix != ".py":
+        raise UsageError(f"{args.out}: a config is a Python file, so the name has to end in .py.")
+    try:
+        config = swap_backbone(args.config, args.backbone, args.pretrained, **args.backbone_options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--backbone-options do not fit: {error}") from error
+    write_atomically(args.out, config.pretty_text.encode())
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
