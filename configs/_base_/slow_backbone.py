@@ -1,0 +1,36 @@
+"""A tenth of the learning rate for the backbone, without decay on its norms and biases.
+
+A custom key outranks the rules for norms and biases, and of several that match the longest counts: hence their names.
+"""
+
+slow_backbone = dict(
+    norm_decay_mult=0.0,
+    bias_decay_mult=0.0,
+    bypass_duplicate=True,
+    custom_keys={
+        "backbone": dict(lr_mult=0.1),
+        **{
+            key: dict(lr_mult=0.1, decay_mult=0.0)
+            for key in (
+                "backbone.stages.0.norm",
+                "backbone.stages.1.norm",
+                "backbone.stages.2.norm",
+                "backbone.stages.3.norm",
+                "patch_embed.norm",
+                "patch_embed.proj.bias",
+                ".norm1.weight",
+                ".norm1.bias",
+                ".norm2.weight",
+                ".norm2.bias",
+                ".attn.q.bias",
+                ".attn.k.bias",
+                ".attn.v.bias",
+                ".attn.proj.bias",
+                ".attn.dwconv.bias",
+                ".ffn.fc1.bias",
+                ".ffn.fc2.bias",
+                ".ffn.dwconv.bias",
+            )
+        },
+    },
+)

@@ -1,0 +1,5 @@
+"""Cascade Mask R-CNN, LaplacianFormer-Small, COCO, 3x with shorter sides of 640 to 800."""
+
+_base_ = ["./cascade-mask-rcnn_lf-tiny_fpn_ms-3x_coco.py"]
+
+model = dict(backbone=dict(arch="small", drop_path_rate=0.1))

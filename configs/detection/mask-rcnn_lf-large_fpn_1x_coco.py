@@ -1,0 +1,5 @@
+"""Mask R-CNN, LaplacianFormer-Large, COCO, 1x."""
+
+_base_ = ["./mask-rcnn_lf-tiny_fpn_1x_coco.py"]
+
+model = dict(backbone=dict(arch="large", drop_path_rate=0.3))

@@ -1,0 +1,3 @@
+"""RetinaNet, LaplacianFormer-Tiny, COCO, 1x: the README's config under its full name."""
+
+_base_ = ["../retinanet_lf.py"]

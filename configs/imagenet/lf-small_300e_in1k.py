@@ -1,0 +1,5 @@
+"""LaplacianFormer-Small on ImageNet-1K, 300 epochs."""
+
+_base_ = ["./lf-tiny_300e_in1k.py"]
+
+model = dict(backbone=dict(arch="small", drop_path_rate=0.1))

@@ -1,0 +1,5 @@
+"""UPerNet, LaplacianFormer-Small, ADE20K, 160k steps."""
+
+_base_ = ["./upernet_lf-tiny_160k_ade20k-512x512.py"]
+
+model = dict(backbone=dict(arch="small", drop_path_rate=0.1))
