@@ -43,6 +43,9 @@ _REFUSED_HEADS = {
     "LRASPPHead": "the head LRASPPHead pools with a window of 49 x 49, which is larger than the last map of a pyramid at its recipe's crop",
 }
 
+# Building a large backbone takes seconds, and a session swaps many configs of a few backbones.
+_measured: dict[str, Levels] = {}
+
 
 class SwapError(UsageError):
     """The backbone of a config cannot be replaced by a four-level pyramid; the message says why."""
@@ -115,7 +118,6 @@ def _probe_size(backbone: dict[str, Any]) -> int:
     return size if isinstance(size, int) else size[0]
 
 
-@torch.no_grad()
 def measure_levels(backbone: dict[str, Any], scope: str) -> Levels:
     """Build a backbone without its weights and run it once.
 
@@ -126,12 +128,20 @@ def measure_levels(backbone: dict[str, Any], scope: str) -> Levels:
     Raises:
         SwapError: it does not run, or returns anything but a sequence of ``(B, C, H, W)`` maps.
     """
+    settings = without_pretrained(backbone)
+    key = f"{scope} {settings}"
+    if key not in _measured:
+        _measured[key] = _measure(settings, scope)
+    return _measured[key]
+
+
+@torch.no_grad()
+def _measure(backbone: dict[str, Any], scope: str) -> Levels:
     name = type_name(backbone)
     image = torch.zeros(1, backbone.get("in_channels", 3), _probe_size(backbone), _probe_size(backbone))
-    settings = without_pretrained(backbone)
     try:
         with DefaultScope.overwrite_default_scope(scope):
-            module = MODELS.build(settings)
+            module = MODELS.build(backbone)
             module.eval()
             maps = module(image)
     except Exception as error:

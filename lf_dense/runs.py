@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.device import is_cuda_available, is_mlu_available, is_musa_available, is_npu_available
 from mmengine.logging import print_log
@@ -15,6 +20,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 from .checkpoints import check_checkpoint, is_remote, latest_good_checkpoint, load_weights, remove_leftovers, write_checkpoints_atomically
 from .errors import UsageError
 from .frameworks import check_data, framework_of
+from .labels import LabelCheckHook, check_coco_classes
 
 AUTO = "auto"
 DEFAULT_WORK_DIRS = Path("work_dirs")
@@ -34,7 +40,7 @@ def enable_amp(config: Config) -> None:
     Raises:
         UsageError: there is no device that mmengine supports it on, or the config has another optimizer wrapper.
     """
-    if not (is_cuda_available() or is_npu_available() or is_mlu_available() or is_musa_available()):
+    if not has_accelerator():
         raise UsageError("--amp needs a GPU (mmengine's AmpOptimWrapper does not run on a CPU), and none is visible: leave it out.")
     wrapper = config.optim_wrapper.get("type", "OptimWrapper")
     if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
@@ -82,6 +88,80 @@ def keep_previous_checkpoint(config: Config) -> None:
         )
 
 
+# What tells a process its place in the job, for each launcher.
+_RANK_VARIABLES = {
+    "pytorch": ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NODELIST"),
+    "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
+_HOW_TO_LAUNCH = {
+    "pytorch": "start it with torchrun, or tools/dist_train.sh",
+    "slurm": "start it with srun, or tools/slurm_train.sh",
+    "mpi": "start it with Open MPI's mpirun",
+}
+
+
+def has_accelerator() -> bool:
+    """Whether mmengine sees a device that it can train on in mixed precision and with its own start of distributed jobs."""
+    return is_cuda_available() or is_npu_available() or is_mlu_available() or is_musa_available()
+
+
+def set_launcher(config: Config, launcher: str) -> None:
+    """Prepare a distributed job; mmengine does the rest.
+
+    mmengine starts every launcher by choosing a GPU. Without one, torch.distributed is started here, by gloo and torchrun's variables,
+    and mmengine finds it running.
+
+    Raises:
+        UsageError: the launcher's variables are missing, or it or the model cannot work without a GPU.
+    """
+    config.launcher = launcher
+    if launcher == "none":
+        return
+    missing = [name for name in _RANK_VARIABLES[launcher] if name not in os.environ]
+    if missing:
+        raise UsageError(f"--launcher {launcher} needs {', '.join(missing)} in the environment: {_HOW_TO_LAUNCH[launcher]}.")
+    if has_accelerator():
+        return
+    if launcher != "pytorch":
+        raise UsageError(f"--launcher {launcher} needs GPUs, and none is visible: on CPUs use torchrun and --launcher pytorch.")
+    check_batch_norms(config)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+        # Gloo's threads have to end before the process does, or it may abort.
+        atexit.register(torch.distributed.destroy_process_group)
+    wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, **(config.get("model_wrapper_cfg") or {})}
+    wrapper.setdefault("find_unused_parameters", config.get("find_unused_parameters", False))
+    # mmengine names a GPU there, which a model on the CPU has none of.
+    config.model_wrapper_cfg = {**wrapper, "device_ids": None}
+    print_log("no GPU is visible: torch.distributed runs on CPUs, by gloo.", logger="current")
+
+
+def check_batch_norms(config: Config) -> None:
+    """Make sure that a model for processes on CPUs has no norm that exists on GPUs alone.
+
+    Raises:
+        UsageError: it has; the settings that ask for it are named.
+    """
+
+    def find(key: str, settings: Any) -> Iterator[str]:
+        if isinstance(settings, dict):
+            if settings.get("type") in ("SyncBN", "MMSyncBN", "naiveSyncBN"):
+                yield f"{key}.type"
+            for name, value in settings.items():
+                yield from find(f"{key}.{name}", value)
+        elif isinstance(settings, (list, tuple)):
+            for index, value in enumerate(settings):
+                yield from find(f"{key}.{index}", value)
+
+    keys = list(find("model", config.model))
+    if keys:
+        raise UsageError(
+            f"the model has SyncBN ({', '.join(keys[:3])}), which torch has for GPUs alone: for processes on CPUs set BN or GN there, "
+            f"--cfg-options {keys[0]}=BN and the like."
+        )
+
+
 def build_runner(config: Config) -> Runner:
     """The config's own runner type, or mmengine's."""
     return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
@@ -102,20 +182,24 @@ def build_training_runner(
         UsageError: framework, data, checkpoint or options cannot work.
     """
     framework_of(config)
-    config.launcher = launcher
+    set_launcher(config, launcher)
     set_work_dir(config, work_dir)
     if amp:
         enable_amp(config)
     if auto_scale_lr:
         enable_auto_scale_lr(config)
-    check_data(config, ("train", "val") if config.get("val_cfg") else ("train",))
+    splits = ("train", "val") if config.get("val_cfg") else ("train",)
+    check_data(config, splits)
+    check_coco_classes(config, splits)
     if resume is not None:
         set_resume(config, resume)
     elif config.get("load_from") and not is_remote(config.load_from):
         check_checkpoint(config.load_from)
     keep_previous_checkpoint(config)
     write_checkpoints_atomically()
-    return build_runner(config)
+    runner = build_runner(config)
+    runner.register_hook(LabelCheckHook(framework_of(config).scope))
+    return runner
 
 
 def draw_predictions(config: Config, directory: str) -> None:
@@ -157,11 +241,12 @@ def build_testing_runner(
         UsageError: framework, data, checkpoint or options cannot work, or the weights do not fit the model.
     """
     framework_of(config)
-    config.launcher = launcher
+    set_launcher(config, launcher)
     set_work_dir(config, work_dir)
     if not is_remote(checkpoint):
         check_checkpoint(checkpoint)
     check_data(config, ("test",))
+    check_coco_classes(config, ("test",))
     if out is not None:
         if Path(out).suffix not in (".pkl", ".pickle"):
             raise UsageError(f"--out {out}: the raw predictions are a pickle, so the name has to end in .pkl.")

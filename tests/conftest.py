@@ -6,6 +6,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
+from driving import call
 
 from lf_dense import native, use_backend
 
@@ -28,6 +29,14 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("the shared data is not there: set LF_DENSE_DATA to its folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """The embedded set, small."""
+    out = tmp_path_factory.mktemp("shapes")
+    call("make_shapes.py", "--out", out, "--train", 12, "--val", 4, "--size", 96)
+    return out
 
 
 BACKENDS = ["reference-cpu", "native-cpu", "emulated-cpu"]

@@ -77,7 +77,9 @@ class Worker:
 
         torch.set_num_threads(1)
         self.arch, self.timeout = arch, timeout
-        self.seen: dict[str, tuple[str, str, str]] = {}
+        # Many configs differ in their old backbone alone: one and the same new model is run once.
+        self.built: set[str] = set()
+        self.seen: dict[str, tuple[str, str]] = {}
         signal.signal(signal.SIGALRM, self._alarm)
 
     @staticmethod
@@ -122,8 +124,9 @@ class Worker:
         )
         key = repr((config.model, config.get("data_preprocessor")))
         try:
-            if key not in self.seen:
+            if key not in self.built:
                 build_model(config)
+            self.built.add(key)
         except Exception as error:
             try:
                 swap_backbone(config, self.arch)
@@ -136,9 +139,10 @@ class Worker:
             return REFUSED, str(error), model
         # The swapped config has to survive being written down and read again.
         again = type(swapped).fromstring(swapped.dump(), ".py")
+        key = repr((again.model, again.get("data_preprocessor")))
         if key not in self.seen:
-            self.seen[key] = (*self._run(config, again), model)
-        return self.seen[key]
+            self.seen[key] = self._run(config, again)
+        return (*self.seen[key], model)
 
     @staticmethod
     def _run(config: Any, swapped: Any) -> tuple[str, str]:
@@ -185,9 +189,11 @@ def build_model(config: Any) -> Any:
     settings = without_pretrained(copy.deepcopy(config.model))
     if config.get("data_preprocessor") and "data_preprocessor" not in settings:
         settings["data_preprocessor"] = copy.deepcopy(config.data_preprocessor)
+    # Small images stay small: recipes pad to their crop, or resize batches.
     if config.default_scope == "mmseg":
-        # They would pad to the crop of the recipe.
         settings["data_preprocessor"].update(size=None, size_divisor=1, test_cfg=None)
+    elif settings.get("data_preprocessor"):
+        settings["data_preprocessor"].pop("batch_augments", None)
     return revert_sync_batchnorm(MODELS.build(settings))
 
 
@@ -407,7 +413,7 @@ def check_all(
         # After a death nobody knows whose it was: those that were under way go on one at a time.
         batch, size = (remaining[: 2 * workers], 1) if careful else (remaining, workers)
         pool = ProcessPoolExecutor(
-            size, get_context("spawn"), _start, (arch, timeout, memory_gib), max_tasks_per_child=None if careful else 40
+            size, get_context("spawn"), _start, (arch, timeout, memory_gib), max_tasks_per_child=None if careful else 200
         )
         try:
             waiting = iter(batch)
