@@ -10,6 +10,7 @@ import pytest
 import torch
 from driving import ROOT, call
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 pytest.importorskip("mmengine")
 from mmengine.config import Config
@@ -21,6 +22,7 @@ from lf_dense.laplacianformer import ARCHS
 from lf_dense.rewiring import nested, without_pretrained
 
 FOLDERS = ("detection", "segmentation", "imagenet")
+NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 CONFIGS = [f"{folder}/{path.name}" for folder in FOLDERS for path in sorted((ROOT / "configs" / folder).glob("*.py"))]
 
 
@@ -39,7 +41,7 @@ def build(config: Config) -> nn.Module:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds(name):
-    """Its backbone is of the size that its name says, and no norm and no bias of it decays."""
+    """Its backbone is of the size that its name says, and no norm and no bias of the model decays."""
     config = load(name)
     model = build(config)
     assert isinstance(model.backbone, LaplacianFormer)
@@ -57,7 +59,10 @@ def test_every_config_builds(name):
     optimizer = constructor(model).optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters(recurse=False)}
+    norms = {id(p) for module in model.modules() if isinstance(module, NORMS) for p in module.parameters(recurse=False)}
+    for key, parameter in model.named_parameters():
+        if id(parameter) in norms or key.endswith("bias"):
+            assert groups[id(parameter)]["weight_decay"] == 0, key
     slow = "dino" in name or "mask2former" in name
     for key, parameter in model.backbone.named_parameters():
         group = groups[id(parameter)]

@@ -1,6 +1,7 @@
-"""A tenth of the learning rate for the backbone, without decay on its norms and biases.
+"""A tenth of the learning rate for the backbone; no decay on norms and biases, neither its own nor the head's.
 
-A custom key outranks the rules for norms and biases, and of several that match the longest counts: hence their names.
+A custom key outranks the rules for norms and biases, and of several that match the longest counts: hence their names. The rules
+do not know the bias of torch's attention.
 """
 
 slow_backbone = dict(
@@ -9,6 +10,7 @@ slow_backbone = dict(
     bypass_duplicate=True,
     custom_keys={
         "backbone": dict(lr_mult=0.1),
+        "in_proj_bias": dict(decay_mult=0.0),
         **{
             key: dict(lr_mult=0.1, decay_mult=0.0)
             for key in (
