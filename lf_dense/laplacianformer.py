@@ -165,13 +165,13 @@ class LaplacianFormer(BaseModule):
         kernel_scale: the Laplacian kernel's scale lambda.
         newton_iters: Newton-Schulz steps of the landmark inverse.
         normalization: ``"mass"``, ``"whiten_keys"`` or ``"whiten_landmarks"``; see ``lf_dense.functional.laplacian_attention``.
-        out_channels_last: return the maps as they lie in memory, channels-last. False copies each once into the usual layout, for
-            necks and heads with operators that refuse any other (mmcv's deformable convolution does).
+        out_channels_last: return the maps as they lie in memory, channels-last, and save one copy of each. For necks and heads of
+            torch's own operators alone: mmcv's RoIAlign reads such maps as if they had the usual layout, without an error.
         init_cfg: mmengine initialisation, ``dict(type="Pretrained", checkpoint=...)`` for example. None keeps the default:
             truncated normal of 0.02 for linear layers, fan-out normal for convolutions.
 
     Input: float images ``(B, in_channels, H, W)`` with H and W at least 32, odd sizes included.
-    Output: a tuple of maps ``(B, embed_dims[i], ceil(H / stride), ceil(W / stride))``, channels-last in memory by default.
+    Output: a tuple of maps ``(B, embed_dims[i], ceil(H / stride), ceil(W / stride))``.
 
     Raises:
         ValueError: an argument is out of range; the message says which and what is possible.
@@ -193,7 +193,7 @@ class LaplacianFormer(BaseModule):
         kernel_scale: float = 4.0,
         newton_iters: int = 10,
         normalization: str = "mass",
-        out_channels_last: bool = True,
+        out_channels_last: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)

@@ -175,13 +175,14 @@ def choose_stages(old: Levels) -> tuple[int, ...]:
 
 
 def _mapped(stated: Any, old: Sequence[int], new: Sequence[int]) -> Any:
-    """Channels as a component states them (one number for the last level; all; all from the last to the first; the last few)."""
+    """Channels as a component states them: one number for the last level, the last few levels, or all from the last to the first."""
     if isinstance(stated, int):
         return new[-1] if stated == old[-1] else None
     wanted, count = tuple(stated), len(stated)
-    for before, after in ((tuple(old), tuple(new)), (tuple(reversed(old)), tuple(reversed(new)))):
-        if count and wanted == before[-count:]:
-            return type(stated)(after[-count:])
+    if count and wanted == tuple(old[-count:]):
+        return type(stated)(new[-count:])
+    if wanted == tuple(reversed(old)):
+        return type(stated)(reversed(new))
     return None
 
 
@@ -271,9 +272,9 @@ class Rewiring:
             self._set(head, "out_channels", new[0])
         for key, value in head.items():
             if key not in ("in_channels", "c1_in_channels"):
-                for nested in as_list(value) if isinstance(value, (dict, list, tuple)) else []:
-                    if isinstance(nested, dict):
-                        self._head(nested, old, new)
+                for part in as_list(value) if isinstance(value, (dict, list, tuple)) else []:
+                    if isinstance(part, dict):
+                        self._head(part, old, new)
 
     def _head_by_index(self, head: dict[str, Any], old: Sequence[int], new: Sequence[int]) -> None:
         stated, index = head["in_channels"], head.get("in_index", -1)
@@ -293,16 +294,21 @@ class Rewiring:
     def _restate_strides(self, components: list[dict[str, Any]]) -> None:
         """Strides that necks and heads state; levels beyond the backbone's keep their distance to its last."""
         old, new = self.old.strides, self.new.strides
-        if old == new or len(set(old)) < len(old):
+        if old == new:
             return
-        table = dict(zip(old, new))
+        # Levels of one stride can be told apart by their place alone.
+        table = dict(zip(old, new)) if len(set(old)) == len(old) else {}
 
-        def restated(stride: int) -> int:
-            return table.get(stride, max(1, stride * new[-1] // old[-1]))
+        def restated(stated: Sequence[int]) -> Sequence[int]:
+            if tuple(stated) == old:
+                return new
+            if any(stride in table for stride in stated):
+                return [table.get(stride, max(1, stride * new[-1] // old[-1])) for stride in stated]
+            return stated
 
         for component in components:
             for settings in nested(component):
                 for key in _STRIDE_KEYS:
                     stated = settings.get(key)
-                    if isinstance(stated, (list, tuple)) and any(isinstance(s, int) and s in table for s in stated):
-                        self._set(settings, key, type(stated)(restated(s) for s in stated))
+                    if isinstance(stated, (list, tuple)) and all(isinstance(stride, int) for stride in stated):
+                        settings[key] = type(stated)(restated(stated))

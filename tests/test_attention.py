@@ -196,7 +196,7 @@ def test_backbone_copies_no_activation(batch):
     pytest.importorskip("mmengine")
     from lf_dense import LaplacianFormer
 
-    net = LaplacianFormer("tiny").eval()
+    net = LaplacianFormer("tiny", out_channels_last=True).eval()
     x = torch.randn(batch, 3, 320, 320)
     with torch.no_grad(), Copies(batch * 10 * 10 * 512, started=False) as copies:
         outs = net(x)

@@ -180,9 +180,25 @@ def on_classification_data(config: Config, shapes: Path, data: Path | None, fold
 
 def set_loaders(config: Config, train: dict, val: dict) -> None:
     for loader, dataset in ((config.train_dataloader, train), (config.val_dataloader, val), (config.test_dataloader, val)):
+        for key in ("dataset", "batch_sampler", "collate_fn"):
+            loader.pop(key, None)
         loader.update(batch_size=2, num_workers=0, persistent_workers=False, dataset=dataset)
-        loader.pop("batch_sampler", None)
-        loader.pop("collate_fn", None)
+
+
+@pytest.mark.parametrize("name", ["mask-rcnn_lf-tiny_fpn_1x_coco.py", "cascade-mask-rcnn_lf-tiny_fpn_1x_coco.py"])
+@torch.no_grad()
+def test_roi_features_are_of_their_boxes(name):
+    """mmcv's RoIAlign reads a map's memory as if it had the usual layout, so the maps have to come in it."""
+    model = build(load(f"detection/{name}")).eval()
+    maps = model.extract_feat(torch.randn(1, 3, 96, 128))
+    # A constant in each channel is what any box of it has.
+    channels = torch.arange(256.0).view(1, 256, 1, 1)
+    marked = [feature.zero_() + channels for feature in maps]
+    extractor = model.roi_head.bbox_roi_extractor
+    extractor = extractor if hasattr(extractor, "num_inputs") else extractor[0]
+    boxes = torch.tensor([[0.0, 10.0, 12.0, 60.0, 70.0], [0.0, 20.0, 10.0, 120.0, 90.0]])
+    found = extractor(marked[: extractor.num_inputs], boxes)
+    torch.testing.assert_close(found, channels.expand_as(found))
 
 
 FAMILIES = {

@@ -4,7 +4,7 @@ _base_ = ["mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py", "../
 custom_imports = dict(imports=["lf_dense"], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(_delete_=True, type="LaplacianFormer", arch="tiny", drop_path_rate=0.1, out_channels_last=False, init_cfg=None),
+    backbone=dict(_delete_=True, type="LaplacianFormer", arch="tiny", drop_path_rate=0.1, init_cfg=None),
     decode_head=dict(in_channels=[64, 128, 320, 512]),
 )
 
