@@ -39,14 +39,21 @@ def build(config: Config) -> nn.Module:
     return MODELS.build(settings)
 
 
+def metafile(folder: str) -> dict:
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load((ROOT / "configs" / folder / "metafile.yml").read_text())
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds(name):
-    """Its backbone is of the size that its name says, and no norm and no bias of the model decays."""
+    """Its backbone is of the size that its name says, its metafile counts it right, and no norm and no bias of the model decays."""
     config = load(name)
     model = build(config)
     assert isinstance(model.backbone, LaplacianFormer)
     (arch,) = re.findall(r"lf-([a-z]+)", name)
     assert model.backbone.depths == ARCHS[arch]["depths"]
+    (listed,) = [entry for entry in metafile(name.split("/")[0])["Models"] if entry["Config"] == f"configs/{name}"]
+    assert listed["Metadata"]["Parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
     wrapper = config.optim_wrapper.to_dict()
     constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
@@ -72,8 +79,7 @@ def test_every_config_builds(name):
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_metafiles_list_every_config(folder):
-    yaml = pytest.importorskip("yaml")
-    content = yaml.safe_load((ROOT / "configs" / folder / "metafile.yml").read_text())
+    content = metafile(folder)
     collections = {collection["Name"] for collection in content["Collections"]}
     listed = []
     for model in content["Models"]:
