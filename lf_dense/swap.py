@@ -53,8 +53,6 @@ class _Swap:
             self._rewire(holder, old)
         if old.get("with_cp"):
             self.backbone.setdefault("with_cp", True)
-        # Some operators of necks and heads refuse channels-last maps.
-        self.backbone.setdefault("out_channels_last", False)
         holder["backbone"] = ConfigDict(self.backbone)
         self._drop_weights(holder)
         if old.get("in_channels", 3) == 3:
