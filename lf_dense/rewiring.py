@@ -208,6 +208,7 @@ class Rewiring:
         Raises:
             SwapError: a component states channels that the old backbone does not have, or none does.
         """
+        self._align_cascade()
         before, after = self._neck()
         if before is not None:
             for head in heads_of(self.model):
@@ -218,6 +219,21 @@ class Rewiring:
                 "so what reads them is unknown."
             )
         self._restate_strides([*as_list(self.model.get("neck")), *heads_of(self.model)])
+
+    def _align_cascade(self) -> None:
+        """Heads in a cascade that read levels of one size go on reading maps of one size: the last head's."""
+        cascade = self.model.get("decode_head")
+        if not isinstance(cascade, (list, tuple)) or not isinstance(cascade[-1].get("in_index"), int):
+            return
+        last = cascade[-1]["in_index"]
+        for head in cascade[:-1]:
+            level = head.get("in_index")
+            if (
+                isinstance(level, int)
+                and self.old.strides[level] == self.old.strides[last]
+                and self.new.strides[level] != self.new.strides[last]
+            ):
+                head.update(in_index=last, in_channels=self.old.channels[last])
 
     def _set(self, settings: dict[str, Any], key: str, value: Any) -> None:
         settings[key] = value

@@ -38,6 +38,7 @@ SAMPLE = (
     "knet/knet-s3_swin-t_upernet_8xb2-adamw-80k_ade20k-512x512.py",
     "mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py",
     "ocrnet/ocrnet_hr18s_4xb2-40k_cityscapes-512x1024.py",
+    "ocrnet/ocrnet_r101-d8_4xb2-40k_cityscapes-512x1024.py",
     "point_rend/pointrend_r50_4xb2-80k_cityscapes-512x1024.py",
     "segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py",
     "segmenter/segmenter_vit-s_fcn_8xb1-160k_ade20k-512x512.py",
@@ -194,6 +195,9 @@ def test_segmentation_heads_by_index(mmseg):
     assert "pretrained" not in model
     ocr = swap_backbone("mmseg::ocrnet/ocrnet_hr18_4xb2-160k_cityscapes-512x1024.py").model
     assert [head.in_channels for head in ocr.decode_head] == [WIDTHS, WIDTHS]
+    # OCR's second head joins the first's output to its own map: both of one size, as both were at stride 8.
+    dilated = swap_backbone("mmseg::ocrnet/ocrnet_r101-d8_4xb2-40k_cityscapes-512x1024.py").model
+    assert [(head.in_index, head.in_channels) for head in dilated.decode_head] == [(3, 512), (3, 512)]
     knet = swap_backbone("mmseg::knet/knet-s3_r50-d8_upernet_8xb2-adamw-80k_ade20k-512x512.py").model
     assert knet.decode_head.kernel_generate_head.in_channels == WIDTHS
     assert knet.decode_head.kernel_update_head[0].in_channels == 512
