@@ -207,6 +207,14 @@ def test_roi_features_are_of_their_boxes(name):
     torch.testing.assert_close(found, channels.expand_as(found))
 
 
+def use_few_regions(config: Config) -> None:
+    """Thousands of regions in a small image are all that takes time."""
+    for settings in nested([config.model.train_cfg, config.model.test_cfg]):
+        for key, count in (("num", 32), ("max_per_img", 50), ("nms_pre", 100)):
+            if key in settings:
+                settings[key] = count
+
+
 FAMILIES = {
     "detection/mask-rcnn_lf-tiny_fpn_1x_coco.py": r"coco/segm_mAP_50: [\d.]+",
     "detection/mask-rcnn_lf-tiny_fpn_ms-3x_coco.py": r"coco/segm_mAP_50: [\d.]+",
@@ -233,6 +241,7 @@ def test_a_family_trains_evaluates_and_resumes(name, shapes, request, tmp_path):
         else:
             # What has learnt nothing yet outputs nothing above the usual threshold.
             config.model.test_cfg.rcnn.score_thr = 0.0
+            use_few_regions(config)
     elif name.startswith("segmentation"):
         on_segmentation_data(config, shapes, data)
     else:

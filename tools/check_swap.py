@@ -62,7 +62,8 @@ def packaged_configs(package: str) -> list[str]:
 
 def first_line(error: BaseException) -> str:
     """An exception's type and message, on one short line."""
-    text = " ".join(str(error).split())
+    site = str(Path(importlib.util.find_spec("mmengine").origin).parents[1])
+    text = " ".join(str(error).split()).replace(site, "site-packages")
     return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
 
 
@@ -187,7 +188,7 @@ def build_model(config: Any) -> Any:
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
 
-    from lf_dense.rewiring import without_pretrained
+    from lf_dense.rewiring import nested, without_pretrained
 
     init_default_scope(config.get("default_scope"))
     settings = without_pretrained(copy.deepcopy(config.model))
@@ -198,6 +199,11 @@ def build_model(config: Any) -> Any:
         settings["data_preprocessor"].update(size=None, size_divisor=1, test_cfg=None)
     elif settings.get("data_preprocessor"):
         settings["data_preprocessor"].pop("batch_augments", None)
+    # Thousands of regions in a small image are nothing but time.
+    for part in nested([settings.get("train_cfg"), settings.get("test_cfg")]):
+        for key, most in (("nms_pre", 200), ("max_per_img", 100)):
+            if isinstance(part.get(key), int):
+                part[key] = min(part[key], most)
     return revert_sync_batchnorm(MODELS.build(settings))
 
 
