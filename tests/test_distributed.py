@@ -162,7 +162,7 @@ def test_evaluation_by_two_processes(alone, shapes, tmp_path):
 
 
 def children(pid: int) -> list[int]:
-    return [int(child) for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()]
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_a_killed_process_ends_the_job_and_resume_goes_on(shapes, tmp_path):

@@ -522,6 +522,7 @@ def markdown(results: list[dict[str, str]], arch: str) -> str:
         BUILT: "Swapped and built; neither these nor their originals run here",
         SWAPPED: "Swapped",
         NO_BASELINE: "Do not build on their own here",
+        NO_MODEL: "Have no model: settings of test-time augmentation and the like",
     }
     for outcome, title in titles.items():
         chosen = [line for line in results if line["outcome"] == outcome]
