@@ -86,6 +86,10 @@ class LaplacianAttention(nn.Module):
         kernel_scale, newton_iters, normalization: see ``lf_dense.functional.laplacian_attention``.
         qkv_bias: bias of the three projections.
         proj_drop: dropout after the output projection.
+        tau: see ``lf_dense.functional.laplacian_attention``.
+        rotary: turn queries and keys by their place in the map.
+        learn_kernel_scale: let every head learn a factor to ``kernel_scale``, whose logarithm starts at 0 and is the parameter
+            ``log_scale``.
 
     Raises:
         ValueError: a value is out of range or the heads do not divide the channels.
@@ -101,6 +105,9 @@ class LaplacianAttention(nn.Module):
         normalization: str = "mass",
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
+        tau: float = 1e-2,
+        rotary: bool = True,
+        learn_kernel_scale: bool = False,
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dims % num_heads or (embed_dims // num_heads) % 4:
@@ -111,6 +118,7 @@ class LaplacianAttention(nn.Module):
         functional.check_kernel_scale(kernel_scale)
         functional.check_solver(newton_iters, eps=1e-2)
         functional.check_normalization(normalization)
+        functional.check_tau(tau)
         self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.head_dims = embed_dims // num_heads
@@ -118,12 +126,15 @@ class LaplacianAttention(nn.Module):
         self.kernel_scale = kernel_scale
         self.newton_iters = newton_iters
         self.normalization = normalization
+        self.tau = tau
+        self.rotary = rotary
         self.q = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
         self.k = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
         self.v = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
         self.dwconv = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.log_scale = nn.Parameter(torch.zeros(num_heads)) if learn_kernel_scale else None
 
     def pool_landmarks(self, q: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Average queries ``(B, N, heads, head_dims)`` over the grid: ``(B, heads, m, head_dims)``."""
@@ -147,27 +158,42 @@ class LaplacianAttention(nn.Module):
         Returns:
             ``(B, H * W, C)``.
         """
-        heads = (self.num_heads, self.head_dims)
-        q, k, v = self.q(x).unflatten(2, heads), self.k(x).unflatten(2, heads), self.v(x)
-        if table is None:
-            table = rotary_table(hw_shape, self.head_dims, x.device)
-        q, k = rotate(q, table), rotate(k, table)
-        landmarks = self.pool_landmarks(q, hw_shape)
-        attended = functional.laplacian_attention(
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        attended = self.attend(self.place(q, hw_shape, table), self.place(k, hw_shape, table), self.split(v), hw_shape)
+        local = self.split(map_to_tokens(self.dwconv(tokens_to_map(v, hw_shape))))
+        # The sum takes the layout of its first operand, so the heads return to their place without a copy of their own.
+        return self.proj_drop(self.proj((local + attended).flatten(2)))
+
+    def split(self, x: Tensor) -> Tensor:
+        """View ``(B, N, C)`` as ``(B, N, heads, head_dims)``."""
+        return x.unflatten(2, (self.num_heads, self.head_dims))
+
+    def place(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Split queries or keys ``(B, N, C)`` into heads, scale each by what it has learned, and turn them by their place."""
+        x = self.split(x)
+        if self.log_scale is not None:
+            # The kernel of points divided by a factor is the kernel whose scale has that factor.
+            x = x * torch.exp(-self.log_scale)[:, None].to(x.dtype)
+        if not self.rotary:
+            return x
+        return rotate(x, rotary_table(hw_shape, self.head_dims, x.device) if table is None else table)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """The attention itself: tensors ``(B, N, heads, head_dims)`` in, one out."""
+        return functional.laplacian_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
-            v.unflatten(2, heads).transpose(1, 2),
-            landmarks,
+            v.transpose(1, 2),
+            self.pool_landmarks(q, hw_shape),
             scale=self.kernel_scale,
             iters=self.newton_iters,
+            tau=self.tau,
             normalization=self.normalization,
-        )
-        local = map_to_tokens(self.dwconv(tokens_to_map(v, hw_shape))).unflatten(2, heads)
-        # The sum takes the layout of its first operand, so the heads return to their place without a copy of their own.
-        return self.proj_drop(self.proj((local + attended.transpose(1, 2)).flatten(2)))
+        ).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, landmark_grid={self.landmark_grid}, kernel_scale={self.kernel_scale}, "
-            f"newton_iters={self.newton_iters}, normalization={self.normalization!r}"
+            f"newton_iters={self.newton_iters}, normalization={self.normalization!r}, tau={self.tau}, rotary={self.rotary}, "
+            f"learn_kernel_scale={self.log_scale is not None}"
         )

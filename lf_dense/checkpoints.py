@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -16,27 +14,9 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 
 from .errors import UsageError
+from .files import write_atomically
 
 _NUMBERED = re.compile(r"(?:epoch|iter)_(\d+)\.pth")
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file so that a reader, or a power cut, finds either the old content or the new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class AtomicLocalBackend(LocalBackend):

@@ -42,6 +42,12 @@ def check_normalization(normalization: str) -> None:
         raise ValueError(f"the normalization {normalization!r} does not exist: use one of {', '.join(NORMALIZATIONS)}.")
 
 
+def check_tau(tau: float) -> None:
+    """Raise ValueError unless the mass at which a row is half the mean is finite and not negative."""
+    if not 0 <= tau < math.inf:
+        raise ValueError(f"tau is {tau}, and has to be a finite number, 0 or larger.")
+
+
 def _checked_tensors(**tensors: Tensor) -> list[Tensor]:
     """The tensors, of one dtype and device; under autocast mixed dtypes meet in the widest."""
     (first_name, first), *others = tensors.items()
@@ -175,8 +181,7 @@ def laplacian_attention(
     check_kernel_scale(scale)
     check_solver(iters, eps)
     check_normalization(normalization)
-    if not 0 <= tau < math.inf:
-        raise ValueError(f"tau is {tau}, and has to be a finite number, 0 or larger.")
+    check_tau(tau)
     if not 0 < delta < math.inf:
         raise ValueError(f"delta is {delta}, and has to be a positive finite number.")
     if choose_backend(backend, q.device, q.shape[-1]) == "reference":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .attention import LaplacianAttention, landmark_grid_pair, map_to_tokens, rotary_table, tokens_to_map
+from .attention import LaplacianAttention, landmark_grid_pair, rotary_table, tokens_to_map
+from .blocks import Block, PatchEmbed, init_weights
 
 NUM_STAGES = 4
 MIN_SIZE = 32
@@ -58,73 +58,10 @@ def _check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}, and has to be in [0, 1).")
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch for whole samples, and scale the others up to keep the mean."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        keep = 1 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:g}"
-
-
-class PatchEmbed(nn.Module):
-    """Overlapping patch embedding: a strided convolution (its output is ceil(size / stride)) and a LayerNorm."""
-
-    def __init__(self, in_channels: int, embed_dims: int, kernel_size: int, stride: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, embed_dims, kernel_size, stride, padding=kernel_size // 2)
-        self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = self.proj(x)
-        return self.norm(map_to_tokens(x)), (x.shape[2], x.shape[3])
-
-
-class ConvFFN(nn.Module):
-    """PVTv2's feed-forward network: linear, 3 x 3 depthwise convolution, GELU, linear."""
-
-    def __init__(self, embed_dims: int, hidden_dims: int, drop: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dims, hidden_dims)
-        self.dwconv = nn.Conv2d(hidden_dims, hidden_dims, 3, padding=1, groups=hidden_dims)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dims, embed_dims)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        x = map_to_tokens(self.dwconv(tokens_to_map(self.fc1(x), hw_shape)))
-        return self.drop(self.fc2(self.drop(self.act(x))))
-
-
-class LaplacianBlock(nn.Module):
-    """Pre-norm block: ``x + DropPath(Attention(LN(x)))``, then ``x + DropPath(ConvFFN(LN(x)))``."""
-
-    def __init__(self, embed_dims: int, mlp_ratio: int, drop_rate: float, drop_path_rate: float, **attention: Any) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.attn = LaplacianAttention(embed_dims, proj_drop=drop_rate, **attention)
-        self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.ffn = ConvFFN(embed_dims, embed_dims * mlp_ratio, drop_rate)
-        self.drop_path = DropPath(drop_path_rate)
-
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), hw_shape, table))
-        return x + self.drop_path(self.ffn(self.norm2(x), hw_shape))
-
-
 class LaplacianStage(nn.Module):
     """Patch embedding, blocks and output norm of one resolution; the rotary table is made once for all its blocks."""
 
-    def __init__(self, patch_embed: PatchEmbed, blocks: Sequence[LaplacianBlock], embed_dims: int, with_cp: bool) -> None:
+    def __init__(self, patch_embed: PatchEmbed, blocks: Sequence[Block], embed_dims: int, with_cp: bool) -> None:
         super().__init__()
         self.patch_embed = patch_embed
         self.blocks = nn.ModuleList(blocks)
@@ -165,6 +102,9 @@ class LaplacianFormer(BaseModule):
         kernel_scale: the Laplacian kernel's scale lambda.
         newton_iters: Newton-Schulz steps of the landmark inverse.
         normalization: ``"mass"``, ``"whiten_keys"`` or ``"whiten_landmarks"``; see ``lf_dense.functional.laplacian_attention``.
+        tau: the kernel mass at which a query's row is half its own and half the mean, in ``"mass"``.
+        rotary: turn queries and keys by their place in the map.
+        learn_kernel_scale: let every head learn a factor to ``kernel_scale``, from 1 on.
         out_channels_last: return the maps as they lie in memory, channels-last, and save one copy of each. For necks and heads of
             torch's own operators alone: mmcv's RoIAlign reads such maps as if they had the usual layout, without an error.
         init_cfg: mmengine initialisation, ``dict(type="Pretrained", checkpoint=...)`` for example. None keeps the default:
@@ -193,6 +133,9 @@ class LaplacianFormer(BaseModule):
         kernel_scale: float = 4.0,
         newton_iters: int = 10,
         normalization: str = "mass",
+        tau: float = 1e-2,
+        rotary: bool = True,
+        learn_kernel_scale: bool = False,
         out_channels_last: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -219,16 +162,23 @@ class LaplacianFormer(BaseModule):
         self.stages = nn.ModuleList()
         for index, dims in enumerate(self.embed_dims):
             blocks = [
-                LaplacianBlock(
+                Block(
                     dims,
                     settings["mlp_ratios"][index],
+                    LaplacianAttention(
+                        dims,
+                        settings["num_heads"][index],
+                        landmark_grid=grids[index],
+                        kernel_scale=kernel_scale,
+                        newton_iters=newton_iters,
+                        normalization=normalization,
+                        tau=tau,
+                        rotary=rotary,
+                        learn_kernel_scale=learn_kernel_scale,
+                        proj_drop=drop_rate,
+                    ),
                     drop_rate,
                     next(drop_path_rates),
-                    num_heads=settings["num_heads"][index],
-                    landmark_grid=grids[index],
-                    kernel_scale=kernel_scale,
-                    newton_iters=newton_iters,
-                    normalization=normalization,
                 )
                 for _ in range(self.depths[index])
             ]
@@ -239,21 +189,9 @@ class LaplacianFormer(BaseModule):
             self.stages.append(LaplacianStage(patch_embed, blocks, dims, with_cp))
         # What no output depends on would stop a distributed run for want of gradients; it stays, so that weights fit.
         self.stages[self.out_indices[-1] + 1 :].requires_grad_(False)
-        self._default_init()
+        # At construction, not in init_weights: what a checkpoint does not cover then starts sensibly too.
+        init_weights(self)
         self._freeze_stages()
-
-    def _default_init(self) -> None:
-        """Initialise as PVTv2 does, at construction: what a checkpoint does not cover then starts sensibly too."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-            else:
-                continue
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:

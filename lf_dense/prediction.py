@@ -18,8 +18,9 @@ from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
 from mmengine.runner.checkpoint import _load_checkpoint
 from mmengine.structures import BaseDataElement
 
-from .checkpoints import check_checkpoint, is_remote, load_weights, write_atomically
+from .checkpoints import check_checkpoint, is_remote, load_weights
 from .errors import UsageError
+from .files import write_atomically
 from .frameworks import datasets_of, framework_of, type_name
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

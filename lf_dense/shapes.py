@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from .checkpoints import write_atomically
 from .errors import UsageError
+from .files import write_atomically
 
 CLASSES = ("disk", "rectangle", "triangle", "ring")
 MAX_TILT = math.pi / 9

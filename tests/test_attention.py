@@ -95,7 +95,7 @@ def test_layer_pools_rotated_queries_and_passes_its_settings(monkeypatch):
 
     real = functional.laplacian_attention
     monkeypatch.setattr(functional, "laplacian_attention", spy)
-    layer = LaplacianAttention(16, 2, landmark_grid=(2, 2), kernel_scale=2.0, newton_iters=7, normalization="whiten_keys")
+    layer = LaplacianAttention(16, 2, landmark_grid=(2, 2), kernel_scale=2.0, newton_iters=7, normalization="whiten_keys", tau=0.5)
     x = torch.randn(2, 16, 16)
     layer(x, (4, 4))
     (q, k, v, landmarks, settings) = calls[0]
@@ -104,7 +104,7 @@ def test_layer_pools_rotated_queries_and_passes_its_settings(monkeypatch):
     torch.testing.assert_close(k, rotate(layer.k(x).unflatten(2, (2, 8)), table).transpose(1, 2))
     torch.testing.assert_close(v, layer.v(x).unflatten(2, (2, 8)).transpose(1, 2))
     torch.testing.assert_close(landmarks, q.unflatten(2, (2, 2, 2, 2)).mean((3, 5)).flatten(2, 3))
-    assert settings == {"scale": 2.0, "iters": 7, "normalization": "whiten_keys"}
+    assert settings == {"scale": 2.0, "iters": 7, "normalization": "whiten_keys", "tau": 0.5}
 
 
 def test_layer_is_attention_plus_depthwise_convolution_of_the_values():
@@ -118,6 +118,30 @@ def test_layer_is_attention_plus_depthwise_convolution_of_the_values():
     expected = layer.proj(attended.transpose(1, 2).flatten(2) + local)
     torch.testing.assert_close(layer(x, (4, 5)), expected)
     torch.testing.assert_close(layer(x, (4, 5), table), expected)
+
+
+def test_layer_without_rotary_embedding_does_not_know_where_a_token_is():
+    layer = LaplacianAttention(16, 2, landmark_grid=(1, 1), rotary=False)
+    layer.dwconv.requires_grad_(False).weight.zero_()
+    x, order = torch.randn(2, 20, 16), torch.randperm(20)
+    torch.testing.assert_close(layer(x[:, order], (4, 5)), layer(x, (4, 5))[:, order])
+    layer.rotary = True
+    assert (layer(x[:, order], (4, 5)) - layer(x, (4, 5))[:, order]).abs().max() > 1e-3
+
+
+def test_a_learned_scale_is_a_kernel_scale_of_each_head():
+    learned = LaplacianAttention(16, 2, learn_kernel_scale=True)
+    assert learned.log_scale.shape == (2,)
+    fixed = LaplacianAttention(16, 2)
+    fixed.load_state_dict(learned.state_dict(), strict=False)
+    x = torch.randn(2, 20, 16)
+    torch.testing.assert_close(learned(x, (4, 5)), fixed(x, (4, 5)))
+    with torch.no_grad():
+        learned.log_scale += math.log(3.0)
+    fixed.kernel_scale = 12.0
+    torch.testing.assert_close(learned(x, (4, 5)), fixed(x, (4, 5)))
+    learned(x, (4, 5)).square().sum().backward()
+    assert (learned.log_scale.grad != 0).all()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from mmengine.fileio import get_file_backend
 from torch import nn
 
 from lf_dense import checkpoints
-from lf_dense.checkpoints import check_checkpoint, latest_good_checkpoint, load_weights, write_atomically
+from lf_dense.checkpoints import check_checkpoint, latest_good_checkpoint, load_weights
 from lf_dense.errors import UsageError
+from lf_dense.files import write_atomically
 from lf_dense.runs import keep_previous_checkpoint
 
 

@@ -14,7 +14,8 @@ pytest.importorskip("mmengine")
 from mmengine.registry import MODELS
 
 from lf_dense import LaplacianFormer
-from lf_dense.laplacianformer import ARCHS, DropPath
+from lf_dense.blocks import DropPath
+from lf_dense.laplacianformer import ARCHS
 
 SMALL = {"embed_dims": (8, 16, 24, 32), "depths": (1, 2, 1, 2), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 2, 2)}
 
