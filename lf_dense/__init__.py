@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LaplacianAttention",
     "LaplacianFormer",
+    "LayerDecayOptimizer",
     "__version__",
     "build_info",
     "laplacian_attention",
@@ -28,6 +29,7 @@ __all__ = [
 if _find_spec("mmengine") is not None:
     from .frameworks import align_config_names as _align_config_names
     from .laplacianformer import LaplacianFormer
+    from .layer_decay import LayerDecayOptimizer
     from .pretrained import load_pretrained
     from .swap import swap_backbone
 
@@ -35,6 +37,6 @@ if _find_spec("mmengine") is not None:
 else:
 
     def __getattr__(name: str) -> object:
-        if name in ("LaplacianFormer", "load_pretrained", "swap_backbone"):
+        if name in ("LaplacianFormer", "LayerDecayOptimizer", "load_pretrained", "swap_backbone"):
             raise ImportError(f"lf_dense.{name} needs mmengine: pip install onedl-mmengine (or mmengine).")
         raise AttributeError(f"module 'lf_dense' has no attribute {name!r}")

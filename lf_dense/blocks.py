@@ -33,7 +33,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_channels: int, embed_dims: int, kernel_size: int, stride: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, embed_dims, kernel_size, stride, padding=kernel_size // 2)
-        self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
+        # PVTv2's has torch's usual 1e-5 here and 1e-6 everywhere else.
+        self.norm = nn.LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x = self.proj(x)

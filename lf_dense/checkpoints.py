@@ -6,6 +6,7 @@ import logging
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.fileio import LocalBackend, register_backend
@@ -39,6 +40,19 @@ def is_remote(checkpoint: str) -> bool:
     return "://" in checkpoint
 
 
+def open_safetensors(path: str | Path) -> Any:
+    """A safetensors file, opened for reading tensors; a context manager.
+
+    Raises:
+        UsageError: safetensors is not installed.
+    """
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise UsageError(f"the checkpoint {path} needs safetensors: pip install safetensors.") from error
+    return safe_open(str(path), "pt")
+
+
 def check_checkpoint(path: str | Path) -> None:
     """Read a local checkpoint file through, checksums included.
 
@@ -50,6 +64,9 @@ def check_checkpoint(path: str | Path) -> None:
         raise UsageError(f"the checkpoint {path} is not there.")
     broken = UsageError(f"the checkpoint {path} ({path.stat().st_size} bytes) is truncated or not a PyTorch checkpoint: use another.")
     try:
+        if path.suffix == ".safetensors":
+            with open_safetensors(path):
+                return
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
@@ -57,6 +74,8 @@ def check_checkpoint(path: str | Path) -> None:
         else:
             # Files from before torch 1.6 are pickles, with no checksum to ask.
             torch.load(path, map_location="cpu", weights_only=True)
+    except UsageError:
+        raise
     except Exception as error:  # the readers fail on damaged bytes in every way there is
         raise broken from error
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.error import URLError
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -15,13 +20,18 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
-from .checkpoints import check_checkpoint, is_remote
+from .checkpoints import check_checkpoint, is_remote, open_safetensors
 from .errors import UsageError
+from .pvtv2 import FORMS, convert_pvtv2
 
 # Below this share of the backbone's numbers a load is taken for a mistake.
 MIN_SHARE = 0.9
 _FIRST_KEY = "stages.0.patch_embed.proj.weight"
 _CONTAINERS = ("state_dict", "model", "state_dict_ema")
+OWN_FORM = "laplacianformer"
+SOURCES = ("auto", OWN_FORM, *FORMS)
+# torch.hub's convention: what follows the last dash of a published file's name starts its SHA-256.
+HASHED_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|safetensors)$")
 
 
 def _history_method(owner: Any, name: str) -> Any:
@@ -45,29 +55,92 @@ _SAFE_CLASSES = [
 
 
 class LoadReport(NamedTuple):
-    """What a load did, by names of the backbone's tensors (``taken``, ``left``) and of the file's (``unused``).
+    """What a load did, by names of the backbone's tensors (``taken``, ``converted``, ``left``) and of the file's (``unused``).
 
-    ``left`` gives for each tensor that keeps its initial values why it does.
+    ``converted`` gives where a tensor was cut or reshaped from, ``left`` why one keeps its initial values, ``share`` the part of the
+    backbone's numbers that arrived.
     """
 
     source: str
+    form: str
     taken: tuple[str, ...]
+    converted: dict[str, str]
     left: dict[str, str]
     unused: tuple[str, ...]
+    notes: tuple[str, ...]
     share: float
 
     def __str__(self) -> str:
-        text = f"{len(self.taken)} tensors ({self.share:.1%} of the backbone's numbers) taken from {self.source}"
+        text = f"{self.form} in {self.source}: {self.share:.1%} of the backbone's numbers, {len(self.taken)} tensors taken"
+        if self.converted:
+            text += f", {len(self.converted)} converted"
         if self.left:
-            first = ", ".join(f"{name} ({reason})" for name, reason in list(self.left.items())[:3])
-            text += f"; {len(self.left)} left at initialisation: {first}{', ...' if len(self.left) > 3 else ''}"
+            text += f"; {len(self.left)} left at initialisation: {_first(f'{name} ({reason})' for name, reason in self.left.items())}"
         if self.unused:
-            text += f"; {len(self.unused)} of the file's not used: {', '.join(self.unused[:3])}{', ...' if len(self.unused) > 3 else ''}"
+            text += f"; {len(self.unused)} of the file's not used: {_first(self.unused)}"
+        return "; ".join((text, *self.notes))
+
+    def lines(self) -> list[str]:
+        """The whole report, a line for each tensor."""
+        return [
+            str(self),
+            *(f"taken      {name}" for name in self.taken),
+            *(f"converted  {name} ({origin})" for name, origin in self.converted.items()),
+            *(f"left       {name} ({reason})" for name, reason in self.left.items()),
+            *(f"unused     {name}" for name in self.unused),
+        ]
+
+
+class FoundBackbone(NamedTuple):
+    """A backbone's tensors by its own names, what was cut or reshaped, the file's other tensors, and remarks."""
+
+    form: str
+    tensors: dict[str, Tensor]
+    converted: dict[str, str]
+    unused: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _first(items: Iterable[str], count: int = 3) -> str:
+    items = list(items)
+    return ", ".join(items[:count]) + (", ..." if len(items) > count else "")
+
+
+def _download(address: str) -> Path:
+    """The file of an address, in torch.hub's cache; a hash in its name is checked."""
+    name = Path(urlparse(address).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        expected = HASHED_NAME.search(name)
+        torch.hub.download_url_to_file(address, str(path), expected and expected[1])
+    return path
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with open_safetensors(path) as file:
+        meta = {key: _json_or_text(value) for key, value in (file.metadata() or {}).items()}
+        return {"state_dict": {key: file.get_tensor(key) for key in file.keys()}, "meta": meta}  # noqa: SIM118
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
         return text
 
 
+def _read_local(path: Path) -> dict[str, Any]:
+    check_checkpoint(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    allowed = torch.serialization.safe_globals(_SAFE_CLASSES) if hasattr(torch.serialization, "safe_globals") else nullcontext()
+    with allowed:
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_checkpoint(source: str) -> dict[str, Any]:
-    """Read a checkpoint as plain data: no code in it is run.
+    """Read a checkpoint, ``.pth`` or ``.safetensors``, as plain data: no code in it is run.
 
     Args:
         source: a path, an address, or one of mmengine's prefixes.
@@ -75,83 +148,132 @@ def read_checkpoint(source: str) -> dict[str, Any]:
     Raises:
         UsageError: it is not there, damaged, or holds objects beyond tensors and plain values.
     """
-    if not is_remote(source):
-        check_checkpoint(source)
-    allowed = torch.serialization.safe_globals(_SAFE_CLASSES) if hasattr(torch.serialization, "safe_globals") else nullcontext()
     try:
-        with allowed:
-            if source.startswith(("http://", "https://")):
-                return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-            if is_remote(source) and source.partition("://")[0] in ("torchvision", "modelzoo", "open-mmlab", "openmmlab", "mmcls"):
-                return CheckpointLoader.load_checkpoint(source, map_location="cpu")
-            with get_local_path(source) as path:
-                return torch.load(path, map_location="cpu", weights_only=True)
+        if source.startswith(("http://", "https://")):
+            return _read_local(_download(source))
+        if is_remote(source) and source.partition("://")[0] in ("torchvision", "modelzoo", "open-mmlab", "openmmlab", "mmcls"):
+            return CheckpointLoader.load_checkpoint(source, map_location="cpu")
+        if not is_remote(source):
+            return _read_local(Path(source))
+        with get_local_path(source) as path:
+            return _read_local(Path(path))
     except UsageError:
         raise
+    except URLError as error:
+        raise UsageError(f"the checkpoint {source} cannot be fetched ({error}).") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"the checkpoint {source} cannot be read as weights alone ({type(error).__name__}: {reason}).") from error
 
 
-def find_backbone(checkpoint: Any, source: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of a LaplacianFormer in a checkpoint, by the backbone's own names, and the names of all others.
-
-    A bare backbone, a classifier, a detector and a segmentor are told apart by where the first patch embedding is.
-
-    Raises:
-        UsageError: there is none.
-    """
+def tensors_of(checkpoint: Any) -> dict[str, Tensor]:
+    """The model's tensors in a checkpoint, whichever container they are in."""
     for container in _CONTAINERS:
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(container), dict):
             checkpoint = checkpoint[container]
-    tensors = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)} if isinstance(checkpoint, dict) else {}
-    prefixes = sorted({name[: -len(_FIRST_KEY)] for name in tensors if name.endswith(_FIRST_KEY)}, key=lambda p: (p != "backbone.", len(p)))
-    if not prefixes:
-        seen = ", ".join(list(tensors)[:3]) or "no tensors at all"
-        raise UsageError(f"the checkpoint {source} has no LaplacianFormer in it (no ...{_FIRST_KEY}); it has {seen}.")
-    prefix = prefixes[0]
-    own = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-    return own, tuple(name for name in tensors if not name.startswith(prefix))
+    return {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)} if isinstance(checkpoint, dict) else {}
 
 
-def load_pretrained(backbone: nn.Module, source: str | Path, strict: bool = True) -> LoadReport:
-    """Load a backbone's weights from a checkpoint of it, or of any model with it.
+def find_backbone(checkpoint: Any, source: str, form: str = "auto") -> FoundBackbone:
+    """A LaplacianFormer's or a PVTv2's tensors in a checkpoint, by LaplacianFormer's names.
 
-    Blocks that the file lacks, or has in another shape, keep their initial values and are named in the report.
+    A bare backbone, a classifier, a detector and a segmentor are told apart by the prefix of a backbone's first keys.
+
+    Args:
+        checkpoint: as ``read_checkpoint`` gives it.
+        source: what messages call it.
+        form: one of ``SOURCES``; ``"auto"`` tries each.
+
+    Raises:
+        UsageError: there is none.
+        ValueError: an unknown form.
+    """
+    if form not in SOURCES:
+        raise ValueError(f"the form {form!r} of a checkpoint does not exist: use one of {', '.join(SOURCES)}.")
+    tensors = tensors_of(checkpoint)
+    markers = {OWN_FORM: (_FIRST_KEY,), **{name: known.markers for name, known in FORMS.items()}}
+    for name in markers if form == "auto" else (form,):
+        first, *others = markers[name]
+        prefixes = [key[: -len(first)] for key in tensors if key == first or key.endswith(f".{first}")]
+        prefixes = [prefix for prefix in prefixes if all(prefix + other in tensors for other in others)]
+        if not prefixes:
+            continue
+        prefix = min(prefixes, key=lambda prefix: (prefix != "backbone.", len(prefix)))
+        own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        unused = tuple(key for key in tensors if not key.startswith(prefix))
+        if name == OWN_FORM:
+            return FoundBackbone("LaplacianFormer", own, {}, unused, ())
+        converted = convert_pvtv2(own, FORMS[name])
+        unused += tuple(prefix + key for key in converted.unused)
+        return FoundBackbone(FORMS[name].title, converted.tensors, converted.changed, unused, converted.notes)
+    looked_for = ", ".join(FORMS[name].title if name in FORMS else "LaplacianFormer" for name in (markers if form == "auto" else (form,)))
+    seen = _first(tensors) or "no tensors at all"
+    raise UsageError(f"the checkpoint {source} has no LaplacianFormer in it that could be told by its keys ({looked_for}); it has {seen}.")
+
+
+def compare(wanted: Mapping[str, Tensor], found: FoundBackbone, source: str) -> tuple[LoadReport, dict[str, Tensor]]:
+    """What a backbone with the state dict ``wanted`` would take from a checkpoint: the report, and the tensors."""
+    left = {name: _why_missing(name, found) for name in wanted if name not in found.tensors}
+    left.update(
+        {
+            name: f"shape {tuple(found.tensors[name].shape)} in the file, {tuple(value.shape)} here"
+            for name, value in wanted.items()
+            if name in found.tensors and found.tensors[name].shape != value.shape
+        }
+    )
+    loaded = {name: found.tensors[name] for name in wanted if name not in left}
+    share = sum(value.numel() for value in loaded.values()) / sum(value.numel() for value in wanted.values())
+    converted = {name: origin for name, origin in found.converted.items() if name in loaded}
+    taken = tuple(name for name in loaded if name not in converted)
+    unused = (*found.unused, *(name for name in found.tensors if name not in wanted))
+    return LoadReport(source, found.form, taken, converted, left, unused, found.notes, share), loaded
+
+
+def load_pretrained(backbone: nn.Module, source: str | Path, strict: bool = True, form: str = "auto") -> LoadReport:
+    """Load a backbone's weights from a checkpoint of it, of any model with it, or of a PVTv2.
+
+    Block i takes what block i of the file has. What the file lacks, or has in another shape, keeps its initial values and is named
+    in the report. Landmarks and image size are no weights: any checkpoint fits any of them.
 
     Args:
         backbone: a ``LaplacianFormer``.
-        source: a path, an address, or one of mmengine's prefixes.
+        source: a path, an address, or one of mmengine's prefixes; ``.pth`` or ``.safetensors``.
         strict: refuse a file that covers less than nine tenths of the backbone's numbers.
+        form: what is in the file, one of ``SOURCES``: ``"laplacianformer"``, ``"pvtv2"`` (whai362/PVT), ``"timm"``, ``"mmdet"``;
+            ``"auto"`` tells by the keys.
 
     Returns:
         What was taken and what was not; it is logged as well.
 
     Raises:
-        UsageError: the file cannot be read, has no LaplacianFormer, or (``strict``) too little of this one; the backbone is unchanged.
+        UsageError: the file cannot be read, has no such backbone, NaN or infinite weights, or (``strict``) too little of this one;
+            the backbone is unchanged.
     """
     source = str(source)
-    found, others = find_backbone(read_checkpoint(source), source)
-    wanted = backbone.state_dict()
-    left = {name: "not in the file" for name in wanted if name not in found}
-    left.update(
-        {
-            name: f"shape {tuple(found[name].shape)} in the file, {tuple(value.shape)} here"
-            for name, value in wanted.items()
-            if name in found and found[name].shape != value.shape
-        }
-    )
-    taken = tuple(name for name in wanted if name not in left)
-    share = sum(wanted[name].numel() for name in taken) / sum(value.numel() for value in wanted.values())
-    report = LoadReport(source, taken, left, (*others, *(name for name in found if name not in wanted)), share)
-    if strict and share < MIN_SHARE:
+    found = find_backbone(read_checkpoint(source), source, form)
+    report, loaded = compare(backbone.state_dict(), found, source)
+    if report.share == 0 or (strict and report.share < MIN_SHARE):
         raise UsageError(
-            f"only {share:.1%} of the backbone is in {source}, and {MIN_SHARE:.0%} is the least that is loaded: "
-            f"{', '.join(f'{name} ({reason})' for name, reason in list(left.items())[:3])}; use the arch that it was trained with."
+            f"only {report.share:.1%} of the backbone is in {source} ({found.form}), and {MIN_SHARE:.0%} is the least that is loaded: "
+            f"{_first(f'{name} ({reason})' for name, reason in report.left.items())}; "
+            "use the arch that it was trained with, or strict=False for a part."
         )
-    backbone.load_state_dict({name: found[name] for name in taken}, strict=False)
-    print_log(f"{report}.", logger="current", level=logging.WARNING if left else logging.INFO)
+    broken = [name for name, value in loaded.items() if not value.isfinite().all()]
+    if broken:
+        raise UsageError(f"the checkpoint {source} has NaN or infinite weights: {_first(broken)}; use an earlier one of that run.")
+    backbone.load_state_dict(loaded, strict=False)
+    print_log(f"{report}.", logger="current", level=logging.WARNING if report.left else logging.INFO)
     return report
+
+
+def _why_missing(name: str, found: FoundBackbone) -> str:
+    if found.converted and ".attn.dwconv." in name:
+        return "PVTv2 has no convolution of the values"
+    block = re.match(r"(stages\.(\d)\.blocks\.)(\d+)\.", name)
+    if block and not any(key.startswith(f"{block[1]}{block[3]}.") for key in found.tensors):
+        depth = len({key.split(".")[3] for key in found.tensors if key.startswith(block[1])})
+        return f"stage {block[2]} has {depth} blocks in the file"
+    return "not in the file"
 
 
 @WEIGHT_INITIALIZERS.register_module()
@@ -160,12 +282,14 @@ class LaplacianPretrained:
 
     Args:
         checkpoint: as ``load_pretrained``'s ``source``.
+        source: as ``load_pretrained``'s ``form``.
         strict: as ``load_pretrained``'s.
     """
 
-    def __init__(self, checkpoint: str, strict: bool = True) -> None:
+    def __init__(self, checkpoint: str, source: str = "auto", strict: bool = True) -> None:
         self.checkpoint = checkpoint
+        self.source = source
         self.strict = strict
 
     def __call__(self, module: nn.Module) -> None:
-        load_pretrained(module, self.checkpoint, self.strict)
+        load_pretrained(module, self.checkpoint, self.strict, self.source)

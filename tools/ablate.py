@@ -289,8 +289,8 @@ def make_table(runs: dict[str, dict[int, dict]]) -> str:
     """Markdown: top-1 by variant, best first, with the difference to the baseline of the same seeds."""
     done = {name: seeds for name, seeds in runs.items() if seeds}
     lines = [
-        "| attention | top-1 %, mean ± deviation | seeds | against the default, seed by seed | parameters | s per run |",
-        "|---|---|---|---|---|---|",
+        "| attention | top-1 %, mean ± deviation | seeds | against the default, seed by seed | parameters |",
+        "|---|---|---|---|---|",
     ]
     for name in sorted(done, key=lambda name: -statistics.mean(run["top1"] for run in done[name].values())):
         seeds = done[name]
@@ -309,6 +309,7 @@ def plot(runs: dict[str, dict[int, dict]], out: Path) -> None:
     """Top-1 over epochs, a panel for each variant beside the baseline, every seed a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     done = {name: seeds for name, seeds in runs.items() if seeds}
     panels = [name for name in done if name != BASELINE] or [BASELINE]
@@ -316,14 +317,17 @@ def plot(runs: dict[str, dict[int, dict]], out: Path) -> None:
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for name, axis in zip(panels, axes):
         for shown, color in ((BASELINE, "0.6"), (name, "tab:blue")):
             for run in done.get(shown, {}).values():
                 axis.plot([p["epoch"] for p in run["curve"]], [p["top1"] for p in run["curve"]], color=color, linewidth=1.2)
         axis.set_title(name, fontsize=9)
         axis.grid(alpha=0.3)
-    for axis in list(axes)[len(panels) :]:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        # A panel with none below it shows the epochs itself.
+        axis.xaxis.set_tick_params(labelbottom=True)
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.supxlabel(f"epoch (grey: {BASELINE}, the default)", fontsize=9)
     figure.supylabel("top-1 %", fontsize=9)

@@ -68,7 +68,8 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
             "import mmcv.ops, mmdet.apis, mmseg.apis, mmpretrain.apis",
             {"MAX_JOBS": jobs, "CFLAGS": "-O1 -g0 -w", **hidden_gpus},
         ),
-        Step("test and lint tools", requirement_args("dev"), "import pytest, hypothesis"),
+        Step("test and lint tools", requirement_args("dev"), "import pytest, hypothesis, safetensors"),
+        Step("models to compare with", ["--no-deps", *requirement_args("peers")], "import timm, efficientnet_lite_pytorch"),
         Step(
             "lf_dense itself, editable, compiling its operators (a minute; with CUDA some more)",
             ["--no-deps", "--no-build-isolation", "-e", str(ROOT)],

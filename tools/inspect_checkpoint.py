@@ -1,0 +1,66 @@
+"""Say what a checkpoint is: which model, which arch, how large, with what metadata, and whether its bytes are those of its name."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+from lf_dense import LaplacianFormer
+from lf_dense.checkpoints import is_remote
+from lf_dense.cli import run
+from lf_dense.errors import UsageError
+from lf_dense.laplacianformer import ARCHS
+from lf_dense.pretrained import HASHED_NAME, compare, find_backbone, read_checkpoint, tensors_of
+from lf_dense.publishing import arch_of
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", help="path or address, .pth or .safetensors")
+    parser.add_argument("--arch", choices=ARCHS, help="list what a LaplacianFormer of this size would take from it")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    checkpoint = read_checkpoint(args.checkpoint)
+    tensors = tensors_of(checkpoint)
+
+    def say(name: str, value: object) -> None:
+        print(f"{name:<12}{value}")
+
+    try:
+        found = find_backbone(checkpoint, args.checkpoint)
+    except UsageError as error:
+        found = None
+        say("backbone", f"none: {error}")
+    else:
+        say("backbone", f"{found.form}, {sum(value.numel() for value in found.tensors.values()):,} numbers, arch {arch_of(found.tensors)}")
+    dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
+    say("tensors", f"{len(tensors)}, {sum(value.numel() for value in tensors.values()):,} numbers: {dict(dtypes)}")
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    say("finite", "yes" if not broken else f"no: {len(broken)} tensors with NaN or infinity, {broken[0]} the first")
+    others = [key for key in checkpoint if key not in ("state_dict", "meta") and key not in tensors]
+    say("beside them", ", ".join(others) or "nothing")
+    meta = checkpoint.get("meta") if isinstance(checkpoint.get("meta"), dict) else {}
+    for key, value in meta.items():
+        say(key, value if key != "cfg" else f"a config of {len(str(value).splitlines())} lines")
+    if not is_remote(args.checkpoint):
+        digest = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+        named = HASHED_NAME.search(Path(args.checkpoint).name)
+        say(
+            "sha256",
+            digest + ("" if not named else ", as its name says" if digest.startswith(named[1]) else f", NOT {named[1]} as its name says"),
+        )
+    if args.tensors:
+        for name, value in tensors.items():
+            print(f"  {name}  {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")
+    if args.arch and found:
+        print("\n".join(compare(LaplacianFormer(args.arch).state_dict(), found, args.checkpoint)[0].lines()))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,45 @@
+"""Make a training checkpoint fit for others: weights and metadata alone, the hash of the file in its name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lf_dense.cli import run
+from lf_dense.errors import UsageError
+from lf_dense.publishing import publish
+
+
+def parse_metric(text: str) -> tuple[str, float]:
+    name, _, value = text.rpartition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, like coco/bbox_mAP=0.425") from None
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", metavar="IN", help="checkpoint of a training run")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write, .pth or .safetensors; -HASH is put before the ending")
+    parser.add_argument("--backbone-only", action="store_true", help="leave neck and heads out, and the backbone under its own names")
+    parser.add_argument("--dataset", help="what it was trained on")
+    parser.add_argument("--recipe", help="the config's name, in the place of what the file says")
+    parser.add_argument("--metric", type=parse_metric, nargs="+", metavar="NAME=NUMBER", help="in the place of those that the file has")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if not args.out.parent.is_dir():
+        raise UsageError(f"the folder {args.out.parent} is not there: make it first.")
+    stated = {"dataset": args.dataset, "recipe": args.recipe, "metrics": dict(args.metric or [])}
+    path, meta = publish(args.checkpoint, args.out, args.backbone_only, **stated)
+    for key, value in meta.items():
+        if key != "cfg":
+            print(f"{key:<18}{value}")
+    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB; the training checkpoint has {Path(args.checkpoint).stat().st_size / 2**20:.1f})")
+
+
+if __name__ == "__main__":
+    run(main)
