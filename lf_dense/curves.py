@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,50 @@ def read_scalars(work_dir: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_losses(work_dir: str | Path) -> dict[int, float]:
+    """The training loss by iteration; what a resumed run did again replaces what it had logged before the interruption.
+
+    Raises:
+        UsageError: no training has been logged there.
+    """
+    losses = {record["iter"]: record["loss"] for record in read_scalars(work_dir) if "loss" in record}
+    if not losses:
+        raise UsageError(f"{work_dir} holds no training log: give the work dir of a training run, not of a test.")
+    return dict(sorted(losses.items()))
+
+
+def compare_losses(groups: Mapping[str, Sequence[str | Path]], out: str | Path) -> Path:
+    """Draw the training losses of several runs: a thin line for each, and a thick one for the mean of each group.
+
+    Args:
+        groups: work dirs by the name of their group, the runs of several seeds for example.
+        out: picture to write.
+
+    Raises:
+        UsageError: a work dir has no training log.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for index, (name, work_dirs) in enumerate(groups.items()):
+        runs = [read_losses(work_dir) for work_dir in work_dirs]
+        shared = sorted(set.intersection(*(set(run) for run in runs)))
+        for run in runs:
+            axes.plot(run.keys(), run.values(), color=f"C{index}", alpha=0.35, linewidth=0.9)
+        label = f"{name} (mean of {len(runs)})" if len(runs) > 1 else name
+        axes.plot(shared, [sum(run[step] for run in runs) / len(runs) for step in shared], color=f"C{index}", linewidth=2, label=label)
+    axes.set(xlabel="iteration", ylabel="training loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    return out
+
+
 def plot_curves(work_dir: str | Path, out: str | Path, metric: str) -> Path:
     """Draw the training loss over iterations, and one validation metric where it was measured, into a picture.
 
@@ -36,23 +81,18 @@ def plot_curves(work_dir: str | Path, out: str | Path, metric: str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = read_scalars(work_dir)
-    # By iteration: what a resumed run did again replaces what it had logged before the interruption.
-    losses: dict[int, float] = {}
+    losses = read_losses(work_dir)
     scores: dict[int, float] = {}
     iteration = 0
-    for record in records:
+    for record in read_scalars(work_dir):
         if "loss" in record:
             iteration = record["iter"]
-            losses[iteration] = record["loss"]
         elif metric in record:
             scores[iteration] = record[metric]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    if not losses:
-        raise UsageError(f"{work_dir} holds no training log: give the work dir of a training run, not of a test.")
-    axes.plot(*zip(*sorted(losses.items())), color="tab:blue", label="training loss")
+    axes.plot(*zip(*losses.items()), color="tab:blue", label="training loss")
     axes.set(xlabel="iteration", ylabel="training loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()

@@ -60,7 +60,7 @@ class DistilledClassifier(ImageClassifier):
         if mode not in MODES:
             raise UsageError(f"the distillation mode {mode!r} does not exist: use {' or '.join(MODES)}.")
         if not 0 <= weight <= 1 or not temperature > 0:
-            raise UsageError(f"distillation has weight {weight} and temperature {temperature}: the first is in [0, 1], the second positive.")
+            raise UsageError(f"distillation: weight {weight}, temperature {temperature}: the first is in [0, 1], the second above 0.")
         self.mode = mode
         self.weight = weight
         self.temperature = temperature

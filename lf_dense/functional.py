@@ -139,9 +139,9 @@ def laplacian_attention(
 
     With ``G = C_q (W + eps I)^-1 C_k^T``, the kernel between queries and keys through the landmarks, the result is ``Z V``:
 
-    - ``"mass"``: ``z_i = (g_i - mean g_i) / (N (max(mean g_i, 0) + tau)) + 1/N``. The default, by measurement: it is the only
-      one that keeps the exact kernel smoother's accuracy, and ``tau > 0`` keeps the map injective, because the kernel mass of a
-      query then survives in its row. A query far from every key gets the mean of V.
+    - ``"mass"``: ``z_i = (g_i - mean g_i) / (N (max(mean g_i, 0) + tau)) + 1/N``. The default: the
+      smallest rounding error of the three on tokens that lie close together. ``tau > 0`` keeps the map injective, because the
+      kernel mass of a query then survives in its row. A query far from every key gets the mean of V.
     - ``"whiten_keys"``: the paper's diagonal estimate, column j centred and divided by ``sqrt(var_i g_ij + delta)``.
     - ``"whiten_landmarks"``: the same on the m columns of ``C_q``.
 

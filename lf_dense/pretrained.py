@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import URLError
 from urllib.parse import urlparse
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.registry import WEIGHT_INITIALIZERS
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import get_external_models, get_mmcls_models, get_torchvision_models
 from torch import Tensor, nn
 
 from .checkpoints import check_checkpoint, is_remote, open_safetensors
@@ -106,6 +105,27 @@ def _first(items: Iterable[str], count: int = 3) -> str:
     return ", ".join(items[:count]) + (", ..." if len(items) > count else "")
 
 
+# mmengine's short names of public files; it would unpickle them whatever they hold, so the address alone is taken from it.
+_MODEL_LISTS = {
+    "torchvision": get_torchvision_models,
+    "modelzoo": get_torchvision_models,
+    "open-mmlab": get_external_models,
+    "openmmlab": get_external_models,
+    "mmcls": get_mmcls_models,
+}
+
+
+def _address_of(source: str) -> str:
+    """What one of mmengine's short names stands for; anything else is itself."""
+    prefix, separator, name = source.partition("://")
+    if not separator or prefix not in _MODEL_LISTS:
+        return source
+    known = _MODEL_LISTS[prefix]()
+    if name not in known:
+        raise UsageError(f"the checkpoint {source} is none of those that mmengine knows under {prefix}://.")
+    return known[name]
+
+
 def _download(address: str) -> Path:
     """The file of an address, in torch.hub's cache; a hash in its name is checked."""
     name = Path(urlparse(address).path).name
@@ -113,7 +133,10 @@ def _download(address: str) -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         expected = HASHED_NAME.search(name)
-        torch.hub.download_url_to_file(address, str(path), expected and expected[1])
+        try:
+            torch.hub.download_url_to_file(address, str(path), expected and expected[1], progress=False)
+        except (OSError, RuntimeError) as error:  # no connection, no such page, another hash
+            raise UsageError(f"the checkpoint {address} cannot be fetched ({error}).") from error
     return path
 
 
@@ -149,18 +172,15 @@ def read_checkpoint(source: str) -> dict[str, Any]:
         UsageError: it is not there, damaged, or holds objects beyond tensors and plain values.
     """
     try:
-        if source.startswith(("http://", "https://")):
-            return _read_local(_download(source))
-        if is_remote(source) and source.partition("://")[0] in ("torchvision", "modelzoo", "open-mmlab", "openmmlab", "mmcls"):
-            return CheckpointLoader.load_checkpoint(source, map_location="cpu")
-        if not is_remote(source):
-            return _read_local(Path(source))
-        with get_local_path(source) as path:
+        address = _address_of(source)
+        if address.startswith(("http://", "https://")):
+            return _read_local(_download(address))
+        if not is_remote(address):
+            return _read_local(Path(address))
+        with get_local_path(address) as path:
             return _read_local(Path(path))
     except UsageError:
         raise
-    except URLError as error:
-        raise UsageError(f"the checkpoint {source} cannot be fetched ({error}).") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"the checkpoint {source} cannot be read as weights alone ({type(error).__name__}: {reason}).") from error

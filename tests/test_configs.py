@@ -88,8 +88,9 @@ def test_metafiles_list_every_config(folder):
         listed.append(Path(model["Config"]).relative_to("configs").as_posix())
         for result in model["Results"]:
             assert result["Source"] in ("published", "ours")
-            # Nobody has trained one to its end yet.
-            assert all((value is None) == (result["Source"] == "ours") for value in result["Metrics"].values())
+            # Of the full recipes nobody has trained one to its end yet.
+            unknown = result["Source"] == "ours" and "imagenette" not in model["Name"]
+            assert all((value is None) == unknown for value in result["Metrics"].values())
     assert sorted(listed) == [name for name in CONFIGS if name.startswith(folder)]
 
 

@@ -7,8 +7,9 @@ pytest.importorskip("mmengine")
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lf_dense import LaplacianFormer
+from lf_dense import LaplacianFormer, layer_decay
 from lf_dense.errors import UsageError
 from lf_dense.frameworks import load_config
 
@@ -68,7 +69,7 @@ def test_every_parameter_s_rate(scope):
     groups = groups_by_name(model, built.optimizer)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert set(groups) == set(trained)
-    norms = {f"{name}." for name, module in model.named_modules() if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d))}
+    norms = {f"{name}." for name, module in model.named_modules() if isinstance(module, (nn.LayerNorm, nn.GroupNorm, _BatchNorm))}
     for name in trained:
         layer = next((layer for prefix, layer in LAYERS.items() if name.startswith(prefix)), 9)
         assert groups[name]["lr"] == pytest.approx(LR * RATE ** (9 - layer)), name
@@ -109,12 +110,14 @@ def test_training_and_resuming_with_it():
     assert [group["lr"] for group in again.optimizer.param_groups] == [group["lr"] for group in built.optimizer.param_groups]
 
 
-def test_it_prints_the_groups(capfd):
-    model = nn.ModuleDict({"backbone": LaplacianFormer("tiny")})
+def test_it_prints_the_groups(monkeypatch):
+    printed = []
+    monkeypatch.setattr(layer_decay, "print_log", lambda text, logger: printed.append(text))
+    model = nn.ModuleDict({"backbone": LaplacianFormer("tiny"), "head": nn.Linear(512, 3)})
     build_optim_wrapper(model, wrapper(layer_decay_rate=RATE))
-    out, err = capfd.readouterr()
-    assert f"lr {LR * RATE**9:g}" in out + err
-    assert "backbone.stages.0.patch_embed.proj.weight the first" in out + err
+    assert printed[0] == f"lr {LR * RATE**9:g}: 4 parameters, backbone.stages.0.patch_embed.proj.weight the first"
+    assert printed[-1] == f"lr {LR:g}: 2 parameters, head.weight the first"
+    assert len(printed) == 10
 
 
 @pytest.mark.parametrize("rate", [None, 0, -1, 1.5, "0.8"])

@@ -1,7 +1,11 @@
 """Weights of a LaplacianFormer, from whatever holds one: all of it arrives, or nothing does and a sentence says why."""
 
+import functools
+import hashlib
+import http.server
 import os
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, init_default_scope
 
-from lf_dense import LaplacianFormer, load_pretrained, swap_backbone
+from lf_dense import LaplacianFormer, load_pretrained, pretrained, swap_backbone
 from lf_dense.errors import UsageError
 from lf_dense.pretrained import read_checkpoint
 
@@ -133,6 +137,46 @@ def test_other_attributes_of_other_classes_are_not_to_be_had(tmp_path):
     save(tmp_path / "x.pth", {"x": Asks()})
     with pytest.raises(UsageError, match="cannot be read as weights alone"):
         read_checkpoint(str(tmp_path / "x.pth"))
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The folder ``served`` under an address, and a download cache of its own."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_from_an_address(source, tmp_path, server):
+    content = save(tmp_path / "x.pth", source.state_dict()).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    for name in ("plain.pth", f"lf-{digest[:8]}.pth", "lf-00000000.pth"):
+        (tmp_path / "served" / name).write_bytes(content)
+    for name in ("plain.pth", f"lf-{digest[:8]}.pth"):
+        net = LaplacianFormer(SMALL)
+        load_pretrained(net, f"{server}/{name}?download=1")
+        assert same(net.state_dict(), source.state_dict())
+    (tmp_path / "served" / "plain.pth").unlink()
+    load_pretrained(LaplacianFormer(SMALL), f"{server}/plain.pth")  # from the cache
+    for name, reason in (("lf-00000000.pth", "cannot be fetched .*hash"), ("gone.pth", "cannot be fetched .*404")):
+        with pytest.raises(UsageError, match=reason):
+            load_pretrained(net, f"{server}/{name}")
+        assert not (tmp_path / "cache" / "checkpoints" / name).exists()
+
+
+def test_mmengine_s_short_names_are_read_as_weights_too(tmp_path, server, monkeypatch):
+    ran = tmp_path / "ran"
+    save(tmp_path / "served" / "code.pth", {"state_dict": RunsCode(f"touch {ran}")})
+    monkeypatch.setitem(pretrained._MODEL_LISTS, "open-mmlab", lambda: {"lf": f"{server}/code.pth"})
+    with pytest.raises(UsageError, match="cannot be read as weights alone"):
+        read_checkpoint("open-mmlab://lf")
+    assert not ran.exists()
+    with pytest.raises(UsageError, match="none of those that mmengine knows"):
+        read_checkpoint("open-mmlab://lg")
 
 
 def test_a_part_has_to_be_asked_for(source, tmp_path):

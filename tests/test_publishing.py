@@ -44,7 +44,13 @@ def training_checkpoint(path, arch):
             },
             "runtime_info": {},
         },
-        "meta": {"epoch": 8, "iter": 80, "cfg": "model = dict()\n", "dataset_meta": {"classes": ["tench", "dog"]}, "experiment_name": "lf_x"},
+        "meta": {
+            "epoch": 8,
+            "iter": 80,
+            "cfg": "model = dict()\n",
+            "dataset_meta": {"classes": ["a", "b"]},
+            "experiment_name": "lf_x",
+        },
     }
     torch.save(content, path)
     return net, content
@@ -68,7 +74,7 @@ def test_weights_and_metadata_and_nothing_else(tmp_path, ending):
     assert (read["meta"]["arch"], read["meta"]["recipe"], read["meta"]["dataset"]) == ("tiny", "lf_x", "Imagenette")
     assert read["meta"]["metrics"] == meta["metrics"] == {"accuracy/top1": 62.5}
     assert read["meta"]["epoch"] == 8
-    assert read["meta"]["dataset_meta"] == {"classes": ["tench", "dog"]}
+    assert read["meta"]["dataset_meta"] == {"classes": ["a", "b"]}
     assert read["meta"]["published_with"]["torch"] == torch.__version__
     fresh = LaplacianFormer("tiny")
     load_pretrained(fresh, path)

@@ -148,7 +148,7 @@ def read_images(archive: Path, size: int, limits: dict[str, int | None]) -> tupl
                 if member.isfile() and len(parts) >= 3 and parts[-3] in found:
                     found[parts[-3]].append(("/".join(parts[-2:]), tar.extractfile(member).read()))
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UsageError(f"the archive {archive} cannot be read ({error}).") from error
+        raise UsageError(f"the archive {archive} cannot be read ({' '.join(str(error).split())}).") from error
     classes = sorted({name.partition("/")[0] for name, _ in found["train"]})
     if not classes or not found["val"]:
         raise UsageError(f"the archive {archive} has no train/<class>/* and val/<class>/* files.")

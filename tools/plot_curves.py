@@ -1,4 +1,4 @@
-"""Draw the loss and metric curves of a work dir."""
+"""Draw the loss and metric curves of a work dir, or the losses of several side by side."""
 
 from __future__ import annotations
 
@@ -6,16 +6,33 @@ import argparse
 from pathlib import Path
 
 from lf_dense.cli import run
-from lf_dense.curves import plot_curves
+from lf_dense.curves import compare_losses, plot_curves
+from lf_dense.errors import UsageError
+
+
+def parse_group(text: str) -> tuple[str, list[str]]:
+    name, _, work_dirs = text.partition("=")
+    if not name or not work_dirs:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR or NAME=DIR,DIR,...")
+    return name, work_dirs.split(",")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work_dir", help="work dir of a training run")
+    parser.add_argument("work_dir", nargs="?", help="work dir of a training run")
     parser.add_argument("--out", help="picture to write (default: WORK_DIR/curves.png)")
     parser.add_argument("--metric", default="coco/bbox_mAP_50", help="validation metric, as the log names it (default: %(default)s)")
+    parser.add_argument(
+        "--compare", type=parse_group, nargs="+", metavar="NAME=DIR,...", help="training losses of groups of runs, with each group's mean"
+    )
     args = parser.parse_args()
-    print(f"wrote {plot_curves(args.work_dir, args.out or Path(args.work_dir, 'curves.png'), args.metric)}")
+    if (args.work_dir is None) == (args.compare is None) or (args.compare and not args.out):
+        raise UsageError("give either one work dir, or --compare NAME=DIR,... with --out.")
+    if args.compare:
+        path = compare_losses(dict(args.compare), args.out)
+    else:
+        path = plot_curves(args.work_dir, args.out or Path(args.work_dir, "curves.png"), args.metric)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
