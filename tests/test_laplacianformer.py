@@ -309,10 +309,20 @@ def test_landmark_grid_is_one_pair_or_one_per_stage(grid):
 
 
 def test_settings_reach_every_block():
-    net = small(kernel_scale=2.0, newton_iters=8, normalization="whiten_keys", drop_rate=0.25, in_channels=5)
+    net = small(
+        kernel_scale=2.0,
+        newton_iters=8,
+        normalization="whiten_keys",
+        tau=0.5,
+        rotary=False,
+        learn_kernel_scale=True,
+        drop_rate=0.25,
+        in_channels=5,
+    )
     for stage in net.stages:
         for block in stage.blocks:
             assert (block.attn.kernel_scale, block.attn.newton_iters, block.attn.normalization) == (2.0, 8, "whiten_keys")
+            assert (block.attn.tau, block.attn.rotary, block.attn.log_scale.shape) == (0.5, False, (block.attn.num_heads,))
             assert block.attn.proj_drop.p == block.ffn.drop.p == 0.25
     assert net(torch.randn(1, 5, 32, 32))[0].shape == (1, 8, 8, 8)
 

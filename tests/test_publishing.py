@@ -144,10 +144,17 @@ def test_the_tools(tmp_path):
     assert str(published) in done.stdout
     done = run("inspect_checkpoint.py", published, "--arch", "tiny", "--tensors")
     assert done.returncode == 0, done.stderr
-    for words in ("LaplacianFormer, 11,", "arch tiny", "as its name says", "beside them nothing", "Imagenette", "100.0% of the backbone"):
+    for words in (
+        "LaplacianFormer, 11,",
+        "arch tiny",
+        "as its name says",
+        "beside them       nothing",
+        "Imagenette",
+        "100.0% of the backbone",
+    ):
         assert words in done.stdout
     done = run("inspect_checkpoint.py", tmp_path / "epoch_8.pth")
-    assert "beside them ema_state_dict, optimizer, param_schedulers, message_hub" in done.stdout
+    assert "beside them       ema_state_dict, optimizer, param_schedulers, message_hub" in done.stdout
     renamed = published.rename(tmp_path / "lf-00000000.pth")
     assert "NOT 00000000 as its name says" in run("inspect_checkpoint.py", renamed).stdout
     done = run("publish.py", tmp_path / "epoch_8.pth", tmp_path / "nowhere" / "lf.pth")

@@ -30,7 +30,7 @@ def main() -> None:
     tensors = tensors_of(checkpoint)
 
     def say(name: str, value: object) -> None:
-        print(f"{name:<12}{value}")
+        print(f"{name:<18}{value}")
 
     try:
         found = find_backbone(checkpoint, args.checkpoint)
