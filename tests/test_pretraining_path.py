@@ -32,7 +32,13 @@ def imagenette(shared_data, tmp_path_factory) -> Path:
 def published(imagenette, tmp_path_factory) -> Path:
     """A classifier trained for an epoch and published."""
     out = tmp_path_factory.mktemp("published")
-    options = [f"data_root={imagenette}", "train_cfg.max_epochs=1", "train_dataloader.batch_size=20", "train_dataloader.num_workers=0"]
+    options = [
+        f"data_root={imagenette}",
+        "train_cfg.max_epochs=1",
+        "param_scheduler.1.begin=0",
+        "train_dataloader.batch_size=20",
+        "train_dataloader.num_workers=0",
+    ]
     options += ["train_dataloader.persistent_workers=False", "val_dataloader.num_workers=0", "val_dataloader.persistent_workers=False"]
     config = "configs/imagenet/lf-tiny_8e_imagenette-64x64.py"
     printed = call("train.py", config, "--work-dir", out / "run", "--cfg-options", *options)
