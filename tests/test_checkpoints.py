@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.fileio import get_file_backend
 from torch import nn
 
-from lf_dense import checkpoints
+from lf_dense import checkpoints, files
 from lf_dense.checkpoints import check_checkpoint, latest_good_checkpoint, load_weights
 from lf_dense.errors import UsageError
 from lf_dense.files import write_atomically
@@ -78,7 +78,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def cut(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints.os, "fsync", cut)
+    monkeypatch.setattr(files.os, "fsync", cut)
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
