@@ -158,25 +158,29 @@ class LaplacianAttention(nn.Module):
         Returns:
             ``(B, H * W, C)``.
         """
+        if table is None:
+            table = rotary_table(hw_shape, self.head_dims, x.device)
         q, k, v = self.q(x), self.k(x), self.v(x)
-        attended = self.attend(self.place(q, hw_shape, table), self.place(k, hw_shape, table), self.split(v), hw_shape)
-        local = self.split(map_to_tokens(self.dwconv(tokens_to_map(v, hw_shape))))
-        # The sum takes the layout of its first operand, so the heads return to their place without a copy of their own.
-        return self.proj_drop(self.proj((local + attended).flatten(2)))
+        attended = self.attend(self.place(q, table), self.place(k, table), self.split(v), hw_shape)
+        return self.merge(attended, v, hw_shape)
 
     def split(self, x: Tensor) -> Tensor:
         """View ``(B, N, C)`` as ``(B, N, heads, head_dims)``."""
         return x.unflatten(2, (self.num_heads, self.head_dims))
 
-    def place(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def place(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """Split queries or keys ``(B, N, C)`` into heads, scale each by what it has learned, and turn them by their place."""
         x = self.split(x)
         if self.log_scale is not None:
             # The kernel of points divided by a factor is the kernel whose scale has that factor.
             x = x * torch.exp(-self.log_scale)[:, None].to(x.dtype)
-        if not self.rotary:
-            return x
-        return rotate(x, rotary_table(hw_shape, self.head_dims, x.device) if table is None else table)
+        return rotate(x, table) if self.rotary else x
+
+    def merge(self, attended: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Add the convolution of the values ``(B, N, C)`` to what was attended ``(B, N, heads, head_dims)``, and project."""
+        local = self.split(map_to_tokens(self.dwconv(tokens_to_map(v, hw_shape))))
+        # The sum takes the layout of its first operand, so the heads return to their place without a copy of their own.
+        return self.proj_drop(self.proj((local + attended).flatten(2)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The attention itself: tensors ``(B, N, heads, head_dims)`` in, one out."""

@@ -1,12 +1,16 @@
-"""What PVTv2's pyramid is made of around its attention: patch embedding, feed-forward network, residual block, initialisation."""
+"""What PVTv2's pyramid is made of around its attention: patch embedding, feed-forward
+network, residual block, stage, initialisation."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .attention import map_to_tokens, tokens_to_map
+from .attention import map_to_tokens, rotary_table, tokens_to_map
 
 
 class DropPath(nn.Module):
@@ -74,6 +78,27 @@ class Block(nn.Module):
     def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), hw_shape, table))
         return x + self.drop_path(self.ffn(self.norm2(x), hw_shape))
+
+
+class Stage(nn.Module):
+    """Patch embedding, blocks and output norm of one resolution; the rotary table is made once for all its blocks."""
+
+    def __init__(self, patch_embed: PatchEmbed, blocks: Sequence[Block], embed_dims: int, with_cp: bool = False) -> None:
+        super().__init__()
+        self.patch_embed = patch_embed
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, hw_shape = self.patch_embed(x)
+        table = rotary_table(hw_shape, self.blocks[0].attn.head_dims, x.device)
+        for block in self.blocks:
+            if self.with_cp and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, hw_shape, table, use_reentrant=False)
+            else:
+                x = block(x, hw_shape, table)
+        return tokens_to_map(self.norm(x), hw_shape)
 
 
 def init_weights(model: nn.Module) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def read_scalars(work_dir: str | Path) -> list[dict[str, Any]]:
@@ -28,16 +31,34 @@ def read_scalars(work_dir: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_losses(work_dir: str | Path) -> dict[int, float]:
-    """The training loss by iteration; what a resumed run did again replaces what it had logged before the interruption.
+def read_curves(work_dir: str | Path, metric: str = "") -> tuple[dict[int, float], dict[int, float]]:
+    """The training loss, and a validation metric, by iteration.
+
+    What a resumed run did again replaces what it had logged before the interruption.
 
     Raises:
         UsageError: no training has been logged there.
     """
-    losses = {record["iter"]: record["loss"] for record in read_scalars(work_dir) if "loss" in record}
+    losses: dict[int, float] = {}
+    scores: dict[int, float] = {}
+    iteration = 0
+    for record in read_scalars(work_dir):
+        if "loss" in record:
+            iteration = record["iter"]
+            losses[iteration] = record["loss"]
+        elif metric in record:
+            scores[iteration] = record[metric]
     if not losses:
         raise UsageError(f"{work_dir} holds no training log: give the work dir of a training run, not of a test.")
-    return dict(sorted(losses.items()))
+    return dict(sorted(losses.items())), dict(sorted(scores.items()))
+
+
+def save_figure(figure: Figure, out: str | Path) -> Path:
+    """Write a picture, and the folder for it."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    return out
 
 
 def compare_losses(groups: Mapping[str, Sequence[str | Path]], out: str | Path) -> Path:
@@ -50,14 +71,12 @@ def compare_losses(groups: Mapping[str, Sequence[str | Path]], out: str | Path) 
     Raises:
         UsageError: a work dir has no training log.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for index, (name, work_dirs) in enumerate(groups.items()):
-        runs = [read_losses(work_dir) for work_dir in work_dirs]
+        runs = [read_curves(work_dir)[0] for work_dir in work_dirs]
         shared = sorted(set.intersection(*(set(run) for run in runs)))
         for run in runs:
             axes.plot(run.keys(), run.values(), color=f"C{index}", alpha=0.35, linewidth=0.9)
@@ -66,10 +85,7 @@ def compare_losses(groups: Mapping[str, Sequence[str | Path]], out: str | Path) 
     axes.set(xlabel="iteration", ylabel="training loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-    return out
+    return save_figure(figure, out)
 
 
 def plot_curves(work_dir: str | Path, out: str | Path, metric: str) -> Path:
@@ -78,19 +94,10 @@ def plot_curves(work_dir: str | Path, out: str | Path, metric: str) -> Path:
     Raises:
         UsageError: nothing has been logged there.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    losses = read_losses(work_dir)
-    scores: dict[int, float] = {}
-    iteration = 0
-    for record in read_scalars(work_dir):
-        if "loss" in record:
-            iteration = record["iter"]
-        elif metric in record:
-            scores[iteration] = record[metric]
+    losses, scores = read_curves(work_dir, metric)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot(*zip(*losses.items()), color="tab:blue", label="training loss")
     axes.set(xlabel="iteration", ylabel="training loss", ylim=(0, None))
@@ -98,12 +105,9 @@ def plot_curves(work_dir: str | Path, out: str | Path, metric: str) -> Path:
     handles, labels = axes.get_legend_handles_labels()
     if scores:
         right = axes.twinx()
-        right.plot(*zip(*sorted(scores.items())), color="tab:orange", marker="o", label=metric)
+        right.plot(*zip(*scores.items()), color="tab:orange", marker="o", label=metric)
         right.set(ylabel=metric, ylim=(0, 1))
         more_handles, more_labels = right.get_legend_handles_labels()
         handles, labels = handles + more_handles, labels + more_labels
     axes.legend(handles, labels, loc="center right")
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-    return out
+    return save_figure(figure, out)

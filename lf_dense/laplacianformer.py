@@ -10,10 +10,9 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
-from .attention import LaplacianAttention, landmark_grid_pair, rotary_table, tokens_to_map
-from .blocks import Block, PatchEmbed, init_weights
+from .attention import LaplacianAttention, landmark_grid_pair
+from .blocks import Block, PatchEmbed, Stage, init_weights
 
 NUM_STAGES = 4
 MIN_SIZE = 32
@@ -56,27 +55,6 @@ def _resolve_grids(landmark_grid: Sequence[Any]) -> list[tuple[int, int]]:
 def _check_probability(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name} is {value}, and has to be in [0, 1).")
-
-
-class LaplacianStage(nn.Module):
-    """Patch embedding, blocks and output norm of one resolution; the rotary table is made once for all its blocks."""
-
-    def __init__(self, patch_embed: PatchEmbed, blocks: Sequence[Block], embed_dims: int, with_cp: bool) -> None:
-        super().__init__()
-        self.patch_embed = patch_embed
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.with_cp = with_cp
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, hw_shape = self.patch_embed(x)
-        table = rotary_table(hw_shape, self.blocks[0].attn.head_dims, x.device)
-        for block in self.blocks:
-            if self.with_cp and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, hw_shape, table, use_reentrant=False)
-            else:
-                x = block(x, hw_shape, table)
-        return tokens_to_map(self.norm(x), hw_shape)
 
 
 @MODELS.register_module()
@@ -186,7 +164,7 @@ class LaplacianFormer(BaseModule):
             patch_embed = PatchEmbed(
                 in_channels if first else self.embed_dims[index - 1], dims, kernel_size=7 if first else 3, stride=4 if first else 2
             )
-            self.stages.append(LaplacianStage(patch_embed, blocks, dims, with_cp))
+            self.stages.append(Stage(patch_embed, blocks, dims, with_cp))
         # What no output depends on would stop a distributed run for want of gradients; it stays, so that weights fit.
         self.stages[self.out_indices[-1] + 1 :].requires_grad_(False)
         # At construction, not in init_weights: what a checkpoint does not cover then starts sensibly too.

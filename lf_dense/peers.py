@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional, reference
-from .attention import LaplacianAttention, map_to_tokens, tokens_to_map
+from .attention import LaplacianAttention, map_to_tokens, rotary_table, tokens_to_map
 
 
 def gaussian_kernel(x: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -64,7 +64,7 @@ class SoftmaxAttention(LaplacianAttention):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-class SpatialReductionAttention(LaplacianAttention):
+class SpatialReductionAttention(SoftmaxAttention):
     """PVTv2's: softmax over keys and values of a map that a strided convolution has made ``reduction`` times smaller.
 
     Args:
@@ -80,11 +80,12 @@ class SpatialReductionAttention(LaplacianAttention):
             self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        reduced, reduced_shape, reduced_table = x, hw_shape, table
-        if self.reduction > 1:
-            smaller = self.sr(tokens_to_map(x, hw_shape))
-            reduced, reduced_shape, reduced_table = self.norm(map_to_tokens(smaller)), tuple(smaller.shape[2:]), None
-        q, k, v = self.place(self.q(x), hw_shape, table), self.place(self.k(reduced), reduced_shape, reduced_table), self.v(reduced)
-        attended = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, self.split(v)))).transpose(1, 2)
-        local = self.split(map_to_tokens(self.dwconv(tokens_to_map(self.v(x), hw_shape))))
-        return self.proj_drop(self.proj((local + attended).flatten(2)))
+        if self.reduction == 1:
+            return super().forward(x, hw_shape, table)
+        if table is None:
+            table = rotary_table(hw_shape, self.head_dims, x.device)
+        smaller = self.sr(tokens_to_map(x, hw_shape))
+        reduced = self.norm(map_to_tokens(smaller))
+        reduced_table = rotary_table(tuple(smaller.shape[2:]), self.head_dims, x.device)
+        q, k = self.place(self.q(x), table), self.place(self.k(reduced), reduced_table)
+        return self.merge(self.attend(q, k, self.split(self.v(reduced)), hw_shape), self.v(x), hw_shape)

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from .checkpoints import check_checkpoint, is_remote, open_safetensors
 from .errors import UsageError
-from .pvtv2 import FORMS, convert_pvtv2
+from .pvtv2 import FORMS, Form, convert_pvtv2
 
 # Below this share of the backbone's numbers a load is taken for a mistake.
 MIN_SHARE = 0.9
-_FIRST_KEY = "stages.0.patch_embed.proj.weight"
 _CONTAINERS = ("state_dict", "model", "state_dict_ema")
-OWN_FORM = "laplacianformer"
-SOURCES = ("auto", OWN_FORM, *FORMS)
+_OWN = Form("LaplacianFormer", ("stages.0.patch_embed.proj.weight",), ())
+_KNOWN = {"laplacianformer": _OWN, **FORMS}
+SOURCES = ("auto", *_KNOWN)
 # torch.hub's convention: what follows the last dash of a published file's name starts its SHA-256.
 HASHED_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|safetensors)$")
 
@@ -211,9 +211,9 @@ def find_backbone(checkpoint: Any, source: str, form: str = "auto") -> FoundBack
     if form not in SOURCES:
         raise ValueError(f"the form {form!r} of a checkpoint does not exist: use one of {', '.join(SOURCES)}.")
     tensors = tensors_of(checkpoint)
-    markers = {OWN_FORM: (_FIRST_KEY,), **{name: known.markers for name, known in FORMS.items()}}
-    for name in markers if form == "auto" else (form,):
-        first, *others = markers[name]
+    candidates = list(_KNOWN.values()) if form == "auto" else [_KNOWN[form]]
+    for candidate in candidates:
+        first, *others = candidate.markers
         prefixes = [key[: -len(first)] for key in tensors if key == first or key.endswith(f".{first}")]
         prefixes = [prefix for prefix in prefixes if all(prefix + other in tensors for other in others)]
         if not prefixes:
@@ -221,12 +221,12 @@ def find_backbone(checkpoint: Any, source: str, form: str = "auto") -> FoundBack
         prefix = min(prefixes, key=lambda prefix: (prefix != "backbone.", len(prefix)))
         own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
         unused = tuple(key for key in tensors if not key.startswith(prefix))
-        if name == OWN_FORM:
-            return FoundBackbone("LaplacianFormer", own, {}, unused, ())
-        converted = convert_pvtv2(own, FORMS[name])
+        if candidate is _OWN:
+            return FoundBackbone(_OWN.title, own, {}, unused, ())
+        converted = convert_pvtv2(own, candidate)
         unused += tuple(prefix + key for key in converted.unused)
-        return FoundBackbone(FORMS[name].title, converted.tensors, converted.changed, unused, converted.notes)
-    looked_for = ", ".join(FORMS[name].title if name in FORMS else "LaplacianFormer" for name in (markers if form == "auto" else (form,)))
+        return FoundBackbone(candidate.title, converted.tensors, converted.changed, unused, converted.notes)
+    looked_for = ", ".join(candidate.title for candidate in candidates)
     seen = _first(tensors) or "no tensors at all"
     raise UsageError(f"the checkpoint {source} has no LaplacianFormer in it that could be told by its keys ({looked_for}); it has {seen}.")
 

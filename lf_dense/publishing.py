@@ -18,13 +18,19 @@ from torch import Tensor
 
 from .errors import UsageError
 from .files import write_atomically
+from .frameworks import FRAMEWORKS
 from .laplacianformer import ARCHS
-from .pretrained import HASHED_NAME, find_backbone, read_checkpoint, tensors_of
+from .pretrained import HASHED_NAME, FoundBackbone, find_backbone, read_checkpoint, tensors_of
 
 FORMATS = ("pth", "safetensors")
 _KEPT_META = ("cfg", "dataset_meta", "epoch", "iter", "seed", "experiment_name", "mmengine_version")
-_PACKAGES = ("lf_dense", "torch", "onedl-mmengine", "mmengine", "onedl-mmdetection", "mmdet", "onedl-mmsegmentation", "mmsegmentation")
-_PACKAGES += ("onedl-mmpretrain", "mmpretrain")
+_PACKAGES = (
+    "lf_dense",
+    "torch",
+    "onedl-mmengine",
+    "mmengine",
+    *(name for known in FRAMEWORKS.values() for name in (known.fork, known.upstream)),
+)
 
 
 def arch_of(tensors: Mapping[str, Tensor]) -> str | dict[str, tuple[int, ...]]:
@@ -69,13 +75,12 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def describe(checkpoint: Mapping[str, Any], source: str, **stated: Any) -> dict[str, Any]:
+def describe(checkpoint: Mapping[str, Any], found: FoundBackbone, **stated: Any) -> dict[str, Any]:
     """Metadata of a checkpoint: arch, recipe, dataset, metrics and versions, what the file itself says and then what is stated.
 
     ``published_with`` are the versions of this environment, not of the one that trained.
     """
     meta = checkpoint.get("meta") if isinstance(checkpoint.get("meta"), dict) else {}
-    found = find_backbone(checkpoint, source)
     described = {"arch": arch_of(found.tensors), **{key: meta[key] for key in _KEPT_META if meta.get(key) is not None}}
     described["recipe"] = meta.get("experiment_name")
     described["metrics"] = _metrics(checkpoint)
@@ -146,9 +151,7 @@ def publish(source: str | Path, out: str | Path, backbone_only: bool = False, **
     """
     source = str(source)
     checkpoint = read_checkpoint(source)
-    meta = describe(checkpoint, source, **stated)
-    if backbone_only:
-        tensors = find_backbone(checkpoint, source).tensors
-    else:
-        tensors = {re.sub(r"^module\.", "", name): value for name, value in tensors_of(checkpoint).items()}
-    return write_checkpoint(out, tensors, meta, hashed=True), meta
+    found = find_backbone(checkpoint, source)
+    meta = describe(checkpoint, found, **stated)
+    whole = {re.sub(r"^module\.", "", name): value for name, value in tensors_of(checkpoint).items()}
+    return write_checkpoint(out, found.tensors if backbone_only else whole, meta, hashed=True), meta

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,3 +76,27 @@ def kill_after(tool_command: list[str], ready: Path) -> None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+
+
+def load_tool(name: str) -> ModuleType:
+    """A tool as a module, for what its command line does not show."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def unpack_imagenette(shared_data: Path, out: Path, split: str, per_class: int) -> Path:
+    """The first few images of each class of one split of the real set, as ``out/<class>/*.JPEG``."""
+    taken: Counter[str] = Counter()
+    with tarfile.open(shared_data / "imagenette2_128.tar.gz") as archive:
+        for member in archive:
+            path = PurePosixPath(member.name)
+            if member.isfile() and path.parts[-3] == split and taken[path.parts[-2]] < per_class:
+                taken[path.parts[-2]] += 1
+                target = out / path.parts[-2] / path.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(archive.extractfile(member).read())
+    assert set(taken.values()) == {per_class}
+    assert len(taken) == 10
+    return out

@@ -1,32 +1,28 @@
 """The ablation: its attentions against formulas written out, its recipe the same for all, its tool from images to table."""
 
-import importlib.util
 import io
 import json
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from driving import ROOT, load_tool
 from PIL import Image
 
 from lf_dense import LaplacianAttention
 from lf_dense.attention import rotary_table, rotate
 from lf_dense.peers import ExactLaplacianAttention, GaussianAttention, SoftmaxAttention, SpatialReductionAttention
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "ablate.py"
+TOOL = ROOT / "tools" / "ablate.py"
 HW = (6, 5)
 
 
 @pytest.fixture(scope="module")
 def ablate():
-    spec = importlib.util.spec_from_file_location("ablate", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("ablate")
 
 
 def taken_apart(layer, x):

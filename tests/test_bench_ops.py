@@ -1,6 +1,5 @@
 """The benchmark of the operators: its shapes, its measuring, its table and its JSON."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from driving import load_tool
 from torch.nn import functional as F
 
 from lf_dense import LaplacianAttention
@@ -46,10 +46,7 @@ KERNEL_ALONE = ["--device", "cpu", "--quick", "--ops", "laplacian_kernel", "--pa
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_ops", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("bench_ops")
 
 
 @pytest.fixture(scope="module")

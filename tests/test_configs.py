@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from driving import ROOT, call
+from driving import ROOT, call, unpack_imagenette
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -166,22 +165,13 @@ def on_classification_data(config: Config, shapes: Path, data: Path | None, fold
     """Four images of two classes, of ImageNet where it is there."""
     folder = folder / "images"
     if data:
-        with tarfile.open(data / "imagenette2_128.tar.gz") as archive:
-            taken: dict[str, int] = {}
-            for member in archive:
-                if member.isfile() and "/train/" in f"/{member.name}" and taken.get(Path(member.name).parent.name, 0) < 2:
-                    target = folder / Path(member.name).parent.name / Path(member.name).name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(archive.extractfile(member).read())
-                    taken[target.parent.name] = taken.get(target.parent.name, 0) + 1
-                if sum(taken.values()) == 4:
-                    break
+        unpack_imagenette(data, folder, "train", 2)
     else:
         for index, image in enumerate(sorted((shapes / "train").glob("*.png"))[:4]):
             (folder / f"class{index % 2}").mkdir(parents=True, exist_ok=True)
             (folder / f"class{index % 2}" / image.name).write_bytes(image.read_bytes())
     pipeline = [{"type": "LoadImageFromFile"}, {"type": "Resize", "scale": (64, 64)}, {"type": "PackInputs"}]
-    dataset = {"type": "CustomDataset", "data_root": str(folder), "pipeline": pipeline}
+    dataset = {"type": "CustomDataset", "data_root": str(folder), "pipeline": pipeline, "indices": 4}
     set_loaders(config, dataset, dataset)
 
 

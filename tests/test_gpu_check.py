@@ -1,6 +1,5 @@
 """The check on a GPU machine: what it says where it cannot run, its time limits, and what it makes of the output of its steps."""
 
-import importlib.util
 import json
 import os
 import re
@@ -12,20 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from driving import load_tool
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def gpu_check():
-    return load("gpu_check")
+    return load_tool("gpu_check")
 
 
 @pytest.fixture
@@ -129,7 +122,7 @@ def test_the_plan_fits_ten_minutes_and_the_benchmarks_options_exist(gpu_check, t
     assert sum(step.seconds + 2 * gpu_check.GRACE_SECONDS for step in steps) < 600
     assert [step.name for step in steps][:4] == ["build", "tests", "memcheck", "racecheck"]
     assert len({step.name for step in steps}) == len(steps)
-    bench_ops = load("bench_ops")
+    bench_ops = load_tool("bench_ops")
     for step in steps[4:]:
         (command,) = step.commands
         args = bench_ops.parse_args(["cpu" if word == "cuda" else word for word in command[2:]])

@@ -1,12 +1,11 @@
 """Pre-train, publish, fine-tune, with the tools: a detector and a segmentor start with exactly the tensors that were published."""
 
 import re
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from driving import COCO_OPTIONS, call, refusal
+from driving import COCO_OPTIONS, call, refusal, unpack_imagenette
 
 pytest.importorskip("mmpretrain")
 from lf_dense.pretrained import read_checkpoint
@@ -16,15 +15,8 @@ from lf_dense.pretrained import read_checkpoint
 def imagenette(shared_data, tmp_path_factory) -> Path:
     """A few of the real images, in folders."""
     out = tmp_path_factory.mktemp("imagenette")
-    taken: dict[Path, int] = {}
-    with tarfile.open(shared_data / "imagenette2_128.tar.gz") as tar:
-        for member in tar:
-            target = out / member.name
-            if member.isfile() and taken.get(target.parent, 0) < 4:
-                taken[target.parent] = taken.get(target.parent, 0) + 1
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(tar.extractfile(member).read())
-    assert len(taken) == 20
+    for split in ("train", "val"):
+        unpack_imagenette(shared_data, out / split, split, 4)
     return out
 
 

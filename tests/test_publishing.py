@@ -3,13 +3,11 @@
 import hashlib
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from driving import call
 
 pytest.importorskip("mmengine")
 from mmengine.logging import HistoryBuffer
@@ -20,7 +18,6 @@ from lf_dense.laplacianformer import ARCHS
 from lf_dense.pretrained import read_checkpoint
 from lf_dense.publishing import arch_of, publish, write_checkpoint
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
 SMALL = {"embed_dims": (16, 32, 48, 64), "depths": (1, 2, 1, 1), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 2, 2)}
 
 
@@ -131,19 +128,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     assert all(value.isfinite().all() for value in net.state_dict().values())
 
 
-def run(tool, *arguments):
-    command = [sys.executable, TOOLS / tool, *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-
-
 def test_the_tools(tmp_path):
     training_checkpoint(tmp_path / "epoch_8.pth", "tiny")
-    done = run("publish.py", tmp_path / "epoch_8.pth", tmp_path / "lf.pth", "--dataset", "Imagenette", "--metric", "top1=62.5")
-    assert done.returncode == 0, done.stderr
+    printed = call("publish.py", tmp_path / "epoch_8.pth", tmp_path / "lf.pth", "--dataset", "Imagenette", "--metric", "top1=62.5")
     (published,) = tmp_path.glob("lf-*.pth")
-    assert str(published) in done.stdout
-    done = run("inspect_checkpoint.py", published, "--arch", "tiny", "--tensors")
-    assert done.returncode == 0, done.stderr
+    assert str(published) in printed
+    printed = call("inspect_checkpoint.py", published, "--arch", "tiny", "--tensors")
     for words in (
         "LaplacianFormer, 11,",
         "arch tiny",
@@ -152,14 +142,13 @@ def test_the_tools(tmp_path):
         "Imagenette",
         "100.0% of the backbone",
     ):
-        assert words in done.stdout
-    done = run("inspect_checkpoint.py", tmp_path / "epoch_8.pth")
-    assert "beside them       ema_state_dict, optimizer, param_schedulers, message_hub" in done.stdout
+        assert words in printed
+    printed = call("inspect_checkpoint.py", tmp_path / "epoch_8.pth")
+    assert "beside them       ema_state_dict, optimizer, param_schedulers, message_hub" in printed
     renamed = published.rename(tmp_path / "lf-00000000.pth")
-    assert "NOT 00000000 as its name says" in run("inspect_checkpoint.py", renamed).stdout
-    done = run("publish.py", tmp_path / "epoch_8.pth", tmp_path / "nowhere" / "lf.pth")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "make it first" in done.stderr
+    assert "NOT 00000000 as its name says" in call("inspect_checkpoint.py", renamed)
+    (line,) = call("publish.py", tmp_path / "epoch_8.pth", tmp_path / "nowhere" / "lf.pth", code=2).splitlines()
+    assert "make it first" in line
 
 
 def test_metadata_survives_safetensors_as_values(tmp_path):

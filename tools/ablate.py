@@ -28,8 +28,8 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
 from lf_dense import LaplacianAttention
-from lf_dense.attention import rotary_table, tokens_to_map
-from lf_dense.blocks import Block, PatchEmbed, init_weights
+from lf_dense.blocks import Block, PatchEmbed, Stage, init_weights
+from lf_dense.curves import save_figure
 from lf_dense.errors import UsageError
 from lf_dense.files import write_atomically
 from lf_dense.peers import ExactLaplacianAttention, GaussianAttention, SoftmaxAttention, SpatialReductionAttention
@@ -94,29 +94,13 @@ VARIANTS = {
 }
 
 
-class Stage(nn.Module):
-    """Patch embedding, blocks and norm of one resolution."""
-
-    def __init__(self, in_channels: int, dims: int, patch: tuple[int, int], blocks: list[Block]) -> None:
-        super().__init__()
-        self.patch_embed = PatchEmbed(in_channels, dims, *patch)
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(dims, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, hw_shape = self.patch_embed(x)
-        table = rotary_table(hw_shape, self.blocks[0].attn.head_dims, x.device)
-        for block in self.blocks:
-            x = block(x, hw_shape, table)
-        return tokens_to_map(self.norm(x), hw_shape)
-
-
 def build_model(variant: Variant, recipe: Recipe, num_classes: int) -> nn.Module:
     """The pyramid with one variant's attention: images ``(B, 3, H, W)`` to logits ``(B, num_classes)``."""
     stages, channels = [], 3
     for index, (dims, depth) in enumerate(zip(recipe.embed_dims, recipe.depths)):
         blocks = [Block(dims, recipe.mlp_ratio, variant.make(dims, index)) for _ in range(depth)]
-        stages.append(Stage(channels, dims, (3, 2) if index else (7, 4), blocks))
+        patch_embed = PatchEmbed(channels, dims, kernel_size=3 if index else 7, stride=2 if index else 4)
+        stages.append(Stage(patch_embed, blocks, dims))
         channels = dims
     model = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
     init_weights(model)
@@ -204,20 +188,20 @@ def train(name: str, seed: int, recipe: Recipe, splits: dict[str, Images], devic
     model = build_model(VARIANTS[name], recipe, int(train_set.labels.max()) + 1).to(device, memory_format=torch.channels_last)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}])
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
     steps_per_epoch = len(train_set.labels) // recipe.batch_size
     total = steps_per_epoch * recipe.epochs
+    warm = max(1, int(recipe.warmup * total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    )
     generator = torch.Generator().manual_seed(seed)
-    curve, step = [], 0
+    curve = []
     for epoch in range(1, recipe.epochs + 1):
         order = torch.randperm(len(train_set.labels), generator=generator).to(device)
         losses = []
         for batch in order[: steps_per_epoch * recipe.batch_size].split(recipe.batch_size):
-            warm = max(1, int(recipe.warmup * total))
-            progress = (step - warm) / max(1, total - warm)
-            factor = (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * progress))
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * factor
             images = augment(normalise(train_set.pixels[batch]), recipe.smallest_crop, generator)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = model(images)
@@ -226,8 +210,8 @@ def train(name: str, seed: int, recipe: Recipe, splits: dict[str, Images], devic
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            schedule.step()
             losses.append(loss.detach())
-            step += 1
         # Every fourth image is enough for a curve; the figure that counts is of all.
         shown = val_set if epoch == recipe.epochs else Images(*(x[::4] for x in val_set))
         curve.append({"epoch": epoch, "loss": torch.stack(losses).mean().item(), "top1": accuracy(model, shown)})
@@ -253,8 +237,8 @@ def run_file(out: Path, name: str, seed: int) -> Path:
     return out / "runs" / f"{name}_seed{seed}.json"
 
 
-def work(jobs: Any, recipe: Recipe, splits: dict[str, Images], device: str, out: Path) -> None:
-    """One process: train what the queue has until it says None."""
+def work(rank: int, jobs: Any, recipe: Recipe, splits: dict[str, Images], device: str, out: Path) -> None:
+    """Process ``rank``: train what the queue has until it says None."""
     # Two processes of one thread share two cores without waiting for each other.
     torch.set_num_threads(1)
     while (job := jobs.get()) is not None:
@@ -307,7 +291,6 @@ def make_table(runs: dict[str, dict[int, dict]]) -> str:
 
 def plot(runs: dict[str, dict[int, dict]], out: Path) -> None:
     """Top-1 over epochs, a panel for each variant beside the baseline, every seed a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -316,7 +299,6 @@ def plot(runs: dict[str, dict[int, dict]], out: Path) -> None:
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for name, axis in zip(panels, axes):
         for shown, color in ((BASELINE, "0.6"), (name, "tab:blue")):
@@ -331,7 +313,7 @@ def plot(runs: dict[str, dict[int, dict]], out: Path) -> None:
         axis.set_visible(False)
     figure.supxlabel(f"epoch (grey: {BASELINE}, the default)", fontsize=9)
     figure.supylabel("top-1 %", fontsize=9)
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -376,17 +358,13 @@ def ablate(args: argparse.Namespace) -> None:
         for job in [*missing, *[None] * workers]:
             jobs.put(job)
         device = "cuda" if args.form == "gpu" else "cpu"
-        multiprocessing.spawn(_start, (jobs, recipe, splits, device, args.out), nprocs=workers)
+        multiprocessing.spawn(work, (jobs, recipe, splits, device, args.out), nprocs=workers)
         runs = read_runs(args.out, names, recipe)
     table = make_table(runs)
     write_atomically(args.out / "table.md", table.encode())
     plot(runs, args.out / "curves.png")
     seconds = sum(run["seconds"] for seeds in runs.values() for run in seeds.values())
     print(f"\n{table}\n{seconds / 60:.0f} minutes of training in all; written: {args.out / 'table.md'}, {args.out / 'curves.png'}")
-
-
-def _start(rank: int, *arguments: Any) -> None:
-    work(*arguments)
 
 
 def main(argv: list[str] | None = None) -> int:
