@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -128,13 +129,18 @@ def set_launcher(config: Config, launcher: str) -> None:
     check_batch_norms(config)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
-        # Gloo's threads have to end before the process does, or it may abort.
-        atexit.register(torch.distributed.destroy_process_group)
+        atexit.register(_leave_process_group)
     wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, **(config.get("model_wrapper_cfg") or {})}
     wrapper.setdefault("find_unused_parameters", config.get("find_unused_parameters", False))
     # mmengine names a GPU there, which a model on the CPU has none of.
     config.model_wrapper_cfg = {**wrapper, "device_ids": None}
     print_log("no GPU is visible: torch.distributed runs on CPUs, by gloo.", logger="current")
+
+
+def _leave_process_group() -> None:
+    """End gloo's threads while the interpreter still runs: one that frees a tensor later aborts the process."""
+    gc.collect()  # the runner's model holds the group too, and the runner is in reference cycles
+    torch.distributed.destroy_process_group()
 
 
 def check_batch_norms(config: Config) -> None:
