@@ -2,7 +2,6 @@
 
 import json
 
-import cv2
 import numpy as np
 import pytest
 from driving import COCO_OPTIONS, ROOT, call, refusal
@@ -111,7 +110,7 @@ norm_cfg = dict(type="BN")
 model = dict(decode_head=dict(num_classes={classes}))
 train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
     data_root="{data}", img_suffix=".png", reduce_zero_label={reduce}, data_prefix=dict(img_path="train", seg_map_path="semantic/train"),
-    indices=[4, 9],
+    indices={maps},
     pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", reduce_zero_label={reduce}), dict(type="PackSegInputs")]))
 val_cfg = None
 val_dataloader = None
@@ -123,14 +122,16 @@ train_cfg = dict(max_iters=1, val_interval=10)
 def test_label_maps_with_more_classes_than_the_model(shapes, tmp_path):
     """The shapes' label maps have the classes 0 to 4; the two that the config takes have all of them."""
     pytest.importorskip("mmseg")
-    for path in sorted((shapes / "semantic" / "train").iterdir())[4::5]:
-        assert set(cv2.imread(str(path), cv2.IMREAD_UNCHANGED).flat) == {0, 1, 2, 3, 4}
+    maps = [4, 9]
+    paths = sorted((shapes / "semantic" / "train").iterdir())
+    for index in maps:
+        assert np.unique(Image.open(paths[index])).tolist() == [0, 1, 2, 3, 4]
     config = tmp_path / "config.py"
-    config.write_text(SEGMENTATION.format(root=ROOT, data=shapes, classes=3, reduce=False))
+    config.write_text(SEGMENTATION.format(root=ROOT, data=shapes, maps=maps, classes=3, reduce=False))
     line = refusal("train.py", config, "--work-dir", tmp_path / "run")
     assert "semantic/train" in line
     assert "has the class 4, and the model has 3 classes, 0 to 2 (255 is ignored)" in line
-    config.write_text(SEGMENTATION.format(root=ROOT, data=shapes, classes=4, reduce=True))
+    config.write_text(SEGMENTATION.format(root=ROOT, data=shapes, maps=maps, classes=4, reduce=True))
     call("train.py", config, "--work-dir", tmp_path / "run")
 
 
