@@ -112,7 +112,7 @@ class Predictor:
     def record(self, sample: BaseDataElement, score_thr: float) -> dict[str, Any]:
         """A prediction as plain JSON values.
 
-        Detection: ``predictions`` of ``bbox`` (x1, y1, x2, y2 in pixels), ``score``, ``class``, and ``mask`` (COCO run
+        Detection: ``predictions`` of ``bbox`` (x1, y1, x2, y2 in pixels, to the hundredth), ``score``, ``class``, and ``mask`` (COCO run
         lengths) where the model makes masks. Segmentation: ``classes``, each class's share of the pixels. Classification:
         ``predictions``, the five best classes with their scores.
         """
@@ -132,7 +132,8 @@ class Predictor:
             found = {
                 "class": classes[int(kept.labels[index])],
                 "score": float(kept.scores[index]),
-                "bbox": [float(x) for x in kept.bboxes[index]],
+                # Scaling back to the image leaves errors of float32 in a coordinate: 426.00003 at the border of 426.
+                "bbox": [round(x, 2) for x in kept.bboxes[index].tolist()],
             }
             if "masks" in kept:
                 from pycocotools import mask as coco_mask

@@ -94,6 +94,21 @@ def test_retinanet_on_real_images_survives_a_kill_and_predicts(shared_data, tmp_
     assert "truncated" in sentence
 
 
+def test_a_box_at_the_border_has_no_error_of_float32():
+    pytest.importorskip("mmdet")
+    import torch
+    from mmengine.structures import InstanceData
+
+    from lf_dense.prediction import Predictor
+
+    # 426 pixels, scaled to 108 and back.
+    border = torch.tensor(108.0) / torch.tensor(108 / 426)
+    assert border > 426
+    found = InstanceData(bboxes=torch.stack([torch.tensor([0.0, 1.2345, 2.0, border])]), scores=torch.ones(1), labels=torch.zeros(1))
+    (record,) = Predictor._instances(found, ["cat"], 0.5)
+    assert record["bbox"] == [0.0, 1.23, 2.0, 426.0]
+
+
 def test_demo_in_short_form(tmp_path):
     pytest.importorskip("mmdet")
     printed = call("demo.py", "--work-dir", tmp_path, "--epochs", 1)
