@@ -1,21 +1,23 @@
-"""Checkpoints that survive interruption: written whole or not at all, looked at before they are trusted."""
+"""Checkpoints of a run: written whole or not at all, and checked against the model before they reach it."""
 
 from __future__ import annotations
 
 import logging
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from torch import nn
+from mmengine.runner import Runner
+from torch import Tensor, nn
 
 from .errors import UsageError
 from .files import write_atomically
+from .reading import check_checkpoint, tensors_of
 
 _NUMBERED = re.compile(r"(?:epoch|iter)_(\d+)\.pth")
 
@@ -33,51 +35,6 @@ class AtomicLocalBackend(LocalBackend):
 def write_checkpoints_atomically() -> None:
     """Make mmengine, and so its CheckpointHook, write local files through ``AtomicLocalBackend`` in this process."""
     register_backend("local", AtomicLocalBackend, prefixes="", force=True)
-
-
-def is_remote(checkpoint: str) -> bool:
-    """Whether mmengine would fetch it: an address or one of its prefixes, like ``torchvision://``."""
-    return "://" in checkpoint
-
-
-def open_safetensors(path: str | Path) -> Any:
-    """A safetensors file, opened for reading tensors; a context manager.
-
-    Raises:
-        UsageError: safetensors is not installed.
-    """
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise UsageError(f"the checkpoint {path} needs safetensors: pip install safetensors.") from error
-    return safe_open(str(path), "pt")
-
-
-def check_checkpoint(path: str | Path) -> None:
-    """Read a local checkpoint file through, checksums included.
-
-    Raises:
-        UsageError: it is not there, empty, truncated, damaged, or not a PyTorch checkpoint.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"the checkpoint {path} is not there.")
-    broken = UsageError(f"the checkpoint {path} ({path.stat().st_size} bytes) is truncated or not a PyTorch checkpoint: use another.")
-    try:
-        if path.suffix == ".safetensors":
-            with open_safetensors(path):
-                return
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    raise broken
-        else:
-            # Files from before torch 1.6 are pickles, with no checksum to ask.
-            torch.load(path, map_location="cpu", weights_only=True)
-    except UsageError:
-        raise
-    except Exception as error:  # the readers fail on damaged bytes in every way there is
-        raise broken from error
 
 
 def latest_good_checkpoint(work_dir: str | Path) -> str:
@@ -130,3 +87,78 @@ def load_weights(model: nn.Module, checkpoint: str, state_dict: dict[str, torch.
             f"the checkpoint {checkpoint} does not fit the config's model, {len(problems)} of {len(model.state_dict())} tensors: "
             f"{', '.join(problems[:3])}{more}; use the config that it was trained with."
         )
+
+
+def check_resumable(checkpoint: dict[str, Any], source: str, has_schedule: bool = True) -> None:
+    """Make sure that a checkpoint has all that a run goes on from.
+
+    Args:
+        checkpoint: as ``read_checkpoint`` gives it.
+        source: what the message calls it.
+        has_schedule: whether the config has a ``param_scheduler``, whose state is then needed as well.
+
+    Raises:
+        UsageError: something is missing.
+    """
+    meta = checkpoint.get("meta") if isinstance(checkpoint.get("meta"), dict) else {}
+    missing = [f"meta.{key}" for key in ("epoch", "iter") if not isinstance(meta.get(key), int)]
+    missing += [key for key in ("state_dict", "optimizer", "message_hub") if not isinstance(checkpoint.get(key), dict)]
+    if has_schedule and not isinstance(checkpoint.get("param_schedulers"), (list, dict)):
+        missing.append("param_schedulers")
+    if missing:
+        raise UsageError(
+            f"the checkpoint {source} cannot be resumed, since it has no {', '.join(missing)}: give a checkpoint of the "
+            f"training run itself, or start from its weights with --cfg-options load_from={source}."
+        )
+
+
+class CheckpointCheckHook(Hook):
+    """Looks at a checkpoint that mmengine has read, before anything of it is loaded.
+
+    Resuming needs every tensor of the model and the optimizer's groups, ``load_from`` at least one tensor that fits.
+
+    Args:
+        source: what messages call the checkpoint.
+        whole: every tensor of the model is needed, as for testing.
+    """
+
+    priority = "HIGHEST"
+
+    def __init__(self, source: str, whole: bool = False) -> None:
+        self.source = source
+        self.whole = whole
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Compare it with the runner's model and optimizer.
+
+        Raises:
+            UsageError: it does not fit, or lacks what resuming needs.
+        """
+        if runner._resume:
+            check_resumable(checkpoint, self.source, runner.param_schedulers is not None)
+            self._check_groups(runner, checkpoint["optimizer"])
+        if runner._resume or self.whole:
+            load_weights(runner.model, self.source, checkpoint.get("state_dict", checkpoint))
+        else:
+            self._check_overlap(runner.model, tensors_of(checkpoint))
+
+    def _check_groups(self, runner: Runner, saved: dict[str, Any]) -> None:
+        current = runner.optim_wrapper.state_dict()
+        if "param_groups" not in saved or "param_groups" not in current:
+            return  # several optimizers, each under its own name
+        sizes = [[len(group["params"]) for group in state["param_groups"]] for state in (saved, current)]
+        if sizes[0] != sizes[1]:
+            raise UsageError(
+                f"the checkpoint {self.source} cannot be resumed: its optimizer has {sum(sizes[0])} parameters in "
+                f"{len(sizes[0])} groups, and the config's {sum(sizes[1])} in {len(sizes[1])}; use the config that it was "
+                f"trained with, or start from its weights with --cfg-options load_from={self.source}."
+            )
+
+    def _check_overlap(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        wanted = {name.removeprefix("module."): value.shape for name, value in model.state_dict().items()}
+        if not any(wanted.get(name.removeprefix("module.")) == value.shape for name, value in tensors.items()):
+            some = ", ".join(list(tensors)[:3]) or "no tensors at all"
+            raise UsageError(
+                f"load_from: no tensor of the checkpoint {self.source} fits the model; it has {some}. A backbone alone is "
+                "started with --pretrained."
+            )

@@ -13,6 +13,7 @@ from mmengine.config import Config, DictAction
 from .errors import UsageError
 from .frameworks import load_config, override_config
 from .laplacianformer import ARCHS
+from .reading import trust_checkpoint
 from .runs import DEFAULT_WORK_DIRS
 from .swap import set_pretrained, swap_backbone
 
@@ -34,6 +35,16 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     """``--backbone`` and ``--pretrained``."""
     parser.add_argument("--backbone", choices=ARCHS, help="put a LaplacianFormer of this size in place of the config's backbone")
     parser.add_argument("--pretrained", metavar="CKPT", help="start the LaplacianFormer from this checkpoint")
+    add_trust_option(parser)
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """``--trust-checkpoint``."""
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="read the checkpoints named here even if they hold code, which then runs: only for files whose makers you trust",
+    )
 
 
 def read_config(args: argparse.Namespace) -> Config:
@@ -43,6 +54,8 @@ def read_config(args: argparse.Namespace) -> Config:
         UsageError: config, backbone or weights cannot work.
     """
     config = load_config(args.config)
+    if args.pretrained and args.trust_checkpoint:
+        trust_checkpoint(args.pretrained)
     if args.backbone:
         config = swap_backbone(config, args.backbone, args.pretrained)
         config.setdefault("work_dir", str(DEFAULT_WORK_DIRS / f"{Path(config.filename).stem}_lf-{args.backbone}"))

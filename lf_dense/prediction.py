@@ -15,13 +15,13 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
-from mmengine.runner.checkpoint import _load_checkpoint
 from mmengine.structures import BaseDataElement
 
-from .checkpoints import check_checkpoint, is_remote, load_weights
+from .checkpoints import load_weights
 from .errors import UsageError
 from .files import write_atomically
 from .frameworks import datasets_of, framework_of, type_name
+from .reading import guard_mmengine, read_checkpoint
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -77,15 +77,14 @@ class Predictor:
 
     def __init__(self, config: Config, checkpoint: str, device: str) -> None:
         self.scope = framework_of(config).scope
-        if not is_remote(checkpoint):
-            check_checkpoint(checkpoint)
+        guard_mmengine()
+        loaded = read_checkpoint(checkpoint)
         init_default_scope(self.scope)
         model_config = config.model.copy()
         if config.get("data_preprocessor") and "data_preprocessor" not in model_config:
             model_config["data_preprocessor"] = config.data_preprocessor
         # A checkpoint made without a GPU runs where there is none.
         self.model = revert_sync_batchnorm(MODELS.build(model_config))
-        loaded = _load_checkpoint(checkpoint, map_location="cpu")
         load_weights(self.model, checkpoint, loaded.get("state_dict", loaded))
         self.model.to(device).eval()
         self.meta = _dataset_meta(config, loaded, checkpoint)

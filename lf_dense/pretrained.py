@@ -1,56 +1,26 @@
-"""Pretrained weights of a LaplacianFormer: reading them safely, finding the backbone among them, and saying what arrived."""
+"""Pretrained weights of a LaplacianFormer: finding the backbone in a checkpoint, and saying what arrived."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlparse
 
-import numpy as np
-import torch
-from mmengine.fileio import get_local_path
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
 from mmengine.registry import WEIGHT_INITIALIZERS
-from mmengine.runner.checkpoint import get_external_models, get_mmcls_models, get_torchvision_models
 from torch import Tensor, nn
 
-from .checkpoints import check_checkpoint, is_remote, open_safetensors
 from .errors import UsageError
 from .pvtv2 import FORMS, Form, convert_pvtv2
+from .reading import read_checkpoint, tensors_of
 
 # Below this share of the backbone's numbers a load is taken for a mistake.
 MIN_SHARE = 0.9
-_CONTAINERS = ("state_dict", "model", "state_dict_ema")
 _OWN = Form("LaplacianFormer", ("stages.0.patch_embed.proj.weight",), ())
 _KNOWN = {"laplacianformer": _OWN, **FORMS}
 SOURCES = ("auto", *_KNOWN)
-# torch.hub's convention: what follows the last dash of a published file's name starts its SHA-256.
-HASHED_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|safetensors)$")
-
-
-def _history_method(owner: Any, name: str) -> Any:
-    """Stands for ``getattr`` while a file is read: mmengine's logs name methods of their own class, and nothing else may."""
-    if owner is not HistoryBuffer:
-        raise ValueError(f"it asks for the attribute {name!r} of {owner!r}")
-    return getattr(owner, name)
-
-
-# What mmengine keeps beside the weights: logs of numbers.
-_SAFE_CLASSES = [
-    HistoryBuffer,
-    (_history_method, "builtins.getattr"),
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")},
-    # numpy 2 has moved its modules, and files are older and newer than the move.
-    *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
 
 
 class LoadReport(NamedTuple):
@@ -103,95 +73,6 @@ class FoundBackbone(NamedTuple):
 def _first(items: Iterable[str], count: int = 3) -> str:
     items = list(items)
     return ", ".join(items[:count]) + (", ..." if len(items) > count else "")
-
-
-# mmengine's short names of public files; it would unpickle them whatever they hold, so the address alone is taken from it.
-_MODEL_LISTS = {
-    "torchvision": get_torchvision_models,
-    "modelzoo": get_torchvision_models,
-    "open-mmlab": get_external_models,
-    "openmmlab": get_external_models,
-    "mmcls": get_mmcls_models,
-}
-
-
-def _address_of(source: str) -> str:
-    """What one of mmengine's short names stands for; anything else is itself."""
-    prefix, separator, name = source.partition("://")
-    if not separator or prefix not in _MODEL_LISTS:
-        return source
-    known = _MODEL_LISTS[prefix]()
-    if name not in known:
-        raise UsageError(f"the checkpoint {source} is none of those that mmengine knows under {prefix}://.")
-    return known[name]
-
-
-def _download(address: str) -> Path:
-    """The file of an address, in torch.hub's cache; a hash in its name is checked."""
-    name = Path(urlparse(address).path).name
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        expected = HASHED_NAME.search(name)
-        try:
-            torch.hub.download_url_to_file(address, str(path), expected and expected[1], progress=False)
-        except (OSError, RuntimeError) as error:  # no connection, no such page, another hash
-            raise UsageError(f"the checkpoint {address} cannot be fetched ({error}).") from error
-    return path
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    with open_safetensors(path) as file:
-        meta = {key: _json_or_text(value) for key, value in (file.metadata() or {}).items()}
-        return {"state_dict": {key: file.get_tensor(key) for key in file.keys()}, "meta": meta}  # noqa: SIM118
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _read_local(path: Path) -> dict[str, Any]:
-    check_checkpoint(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    allowed = torch.serialization.safe_globals(_SAFE_CLASSES) if hasattr(torch.serialization, "safe_globals") else nullcontext()
-    with allowed:
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_checkpoint(source: str) -> dict[str, Any]:
-    """Read a checkpoint, ``.pth`` or ``.safetensors``, as plain data: no code in it is run.
-
-    Args:
-        source: a path, an address, or one of mmengine's prefixes.
-
-    Raises:
-        UsageError: it is not there, damaged, or holds objects beyond tensors and plain values.
-    """
-    try:
-        address = _address_of(source)
-        if address.startswith(("http://", "https://")):
-            return _read_local(_download(address))
-        if not is_remote(address):
-            return _read_local(Path(address))
-        with get_local_path(address) as path:
-            return _read_local(Path(path))
-    except UsageError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"the checkpoint {source} cannot be read as weights alone ({type(error).__name__}: {reason}).") from error
-
-
-def tensors_of(checkpoint: Any) -> dict[str, Tensor]:
-    """The model's tensors in a checkpoint, whichever container they are in."""
-    for container in _CONTAINERS:
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(container), dict):
-            checkpoint = checkpoint[container]
-    return {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)} if isinstance(checkpoint, dict) else {}
 
 
 def find_backbone(checkpoint: Any, source: str, form: str = "auto") -> FoundBackbone:

@@ -20,7 +20,8 @@ from .errors import UsageError
 from .files import write_atomically
 from .frameworks import FRAMEWORKS
 from .laplacianformer import ARCHS
-from .pretrained import HASHED_NAME, FoundBackbone, find_backbone, read_checkpoint, tensors_of
+from .pretrained import FoundBackbone, find_backbone
+from .reading import HASHED_NAME, read_checkpoint, tensors_of
 
 FORMATS = ("pth", "safetensors")
 _KEPT_META = ("cfg", "dataset_meta", "epoch", "iter", "seed", "experiment_name", "mmengine_version")

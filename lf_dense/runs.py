@@ -16,12 +16,18 @@ from mmengine.device import is_cuda_available, is_mlu_available, is_musa_availab
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import _load_checkpoint
 
-from .checkpoints import check_checkpoint, is_remote, latest_good_checkpoint, load_weights, remove_leftovers, write_checkpoints_atomically
+from .checkpoints import (
+    CheckpointCheckHook,
+    check_resumable,
+    latest_good_checkpoint,
+    remove_leftovers,
+    write_checkpoints_atomically,
+)
 from .errors import UsageError
 from .frameworks import check_data, framework_of
 from .labels import LabelCheckHook, check_coco_classes
+from .reading import guard_mmengine, read_checkpoint, trust_checkpoint
 
 AUTO = "auto"
 DEFAULT_WORK_DIRS = Path("work_dirs")
@@ -65,15 +71,33 @@ def set_resume(config: Config, resume: str) -> None:
     """Resume from a checkpoint, or under ``AUTO`` from the newest readable one of the work dir.
 
     Raises:
-        UsageError: there is nothing to resume, or the checkpoint cannot be read.
+        UsageError: there is nothing to resume.
     """
     if resume == AUTO:
         resume = latest_good_checkpoint(config.work_dir)
         remove_leftovers(config.work_dir)
-    elif not is_remote(resume):
-        check_checkpoint(resume)
     config.resume = True
     config.load_from = resume
+
+
+def check_start(config: Config, trust: bool) -> None:
+    """Read the checkpoint that a training starts from, before minutes are spent on data and model.
+
+    Args:
+        config: its ``load_from`` and ``resume`` say which and how.
+        trust: run the code in it.
+
+    Raises:
+        UsageError: it cannot be read, or lacks what resuming needs.
+    """
+    source = config.get("load_from")
+    if not source:
+        return
+    if trust:
+        trust_checkpoint(source)
+    checkpoint = read_checkpoint(source)
+    if config.get("resume"):
+        check_resumable(checkpoint, source, bool(config.get("param_scheduler")))
 
 
 def keep_previous_checkpoint(config: Config) -> None:
@@ -168,9 +192,18 @@ def check_batch_norms(config: Config) -> None:
         )
 
 
-def build_runner(config: Config) -> Runner:
-    """The config's own runner type, or mmengine's."""
-    return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+def build_runner(config: Config, whole: bool = False) -> Runner:
+    """The config's own runner type, or mmengine's; whatever it loads goes through ``read_checkpoint``.
+
+    Args:
+        config: the config.
+        whole: the checkpoint in ``load_from`` has to cover the whole model.
+    """
+    guard_mmengine()
+    runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+    if config.get("load_from") or config.get("resume"):
+        runner.register_hook(CheckpointCheckHook(config.get("load_from") or "that was saved last", whole))
+    return runner
 
 
 def build_training_runner(
@@ -181,8 +214,18 @@ def build_training_runner(
     amp: bool = False,
     auto_scale_lr: bool = False,
     launcher: str = "none",
+    trust: bool = False,
 ) -> Runner:
     """Check everything that can be checked without a model, then build the runner; ``train()`` is left to the caller.
+
+    Args:
+        config: the config.
+        work_dir: where logs and checkpoints go.
+        resume: checkpoint to go on from, or ``AUTO``.
+        amp: mixed precision.
+        auto_scale_lr: scale the learning rate with the global batch size.
+        launcher: mmengine's launcher.
+        trust: run the code in the checkpoint that is resumed or loaded.
 
     Raises:
         UsageError: framework, data, checkpoint or options cannot work.
@@ -199,8 +242,7 @@ def build_training_runner(
     check_coco_classes(config, splits)
     if resume is not None:
         set_resume(config, resume)
-    elif config.get("load_from") and not is_remote(config.load_from):
-        check_checkpoint(config.load_from)
+    check_start(config, trust)
     keep_previous_checkpoint(config)
     write_checkpoints_atomically()
     runner = build_runner(config)
@@ -232,6 +274,7 @@ def build_testing_runner(
     show_dir: str | None = None,
     out: str | None = None,
     launcher: str = "none",
+    trust: bool = False,
 ) -> Runner:
     """Like ``build_training_runner``, for evaluation; the checkpoint has to cover the whole model.
 
@@ -242,6 +285,7 @@ def build_testing_runner(
         show_dir: draw every image with its prediction there.
         out: pickle file for the raw predictions.
         launcher: mmengine's launcher.
+        trust: run the code in the checkpoint.
 
     Raises:
         UsageError: framework, data, checkpoint or options cannot work, or the weights do not fit the model.
@@ -249,8 +293,8 @@ def build_testing_runner(
     framework_of(config)
     set_launcher(config, launcher)
     set_work_dir(config, work_dir)
-    if not is_remote(checkpoint):
-        check_checkpoint(checkpoint)
+    config.update(load_from=checkpoint, resume=False)
+    check_start(config, trust)
     check_data(config, ("test",))
     check_coco_classes(config, ("test",))
     if out is not None:
@@ -261,8 +305,4 @@ def build_testing_runner(
         config.test_evaluator = [*evaluators, {"type": dump, "out_file_path": out}]
     if show_dir is not None:
         draw_predictions(config, show_dir)
-    config.load_from = checkpoint
-    runner = build_runner(config)
-    loaded = _load_checkpoint(checkpoint, map_location="cpu")
-    load_weights(runner.model, checkpoint, loaded.get("state_dict", loaded))
-    return runner
+    return build_runner(config, whole=True)

@@ -10,10 +10,10 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
-from .checkpoints import check_checkpoint, is_remote
 from .errors import UsageError
 from .frameworks import framework_of, load_config, type_name
 from .laplacianformer import LaplacianFormer
+from .reading import is_remote, read_checkpoint
 from .rewiring import PYRAMID_STRIDES, Levels, Rewiring, SwapError, as_list, check_replaceable, choose_stages, measure_levels
 
 # Pixels 0 to 255, red first: what ImageNet weights are trained with.
@@ -223,7 +223,7 @@ def set_pretrained(config: Config, checkpoint: str) -> None:
     if type_name(backbone) != "LaplacianFormer":
         raise UsageError("--pretrained is for a LaplacianFormer, and the config has none: add --backbone.")
     if not is_remote(checkpoint):
-        check_checkpoint(checkpoint)
+        read_checkpoint(checkpoint)
     backbone["init_cfg"] = ConfigDict(type="LaplacianPretrained", checkpoint=checkpoint)
 
 

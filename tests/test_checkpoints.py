@@ -11,9 +11,10 @@ from mmengine.fileio import get_file_backend
 from torch import nn
 
 from lf_dense import checkpoints, files
-from lf_dense.checkpoints import check_checkpoint, latest_good_checkpoint, load_weights
+from lf_dense.checkpoints import latest_good_checkpoint, load_weights
 from lf_dense.errors import UsageError
 from lf_dense.files import write_atomically
+from lf_dense.reading import check_checkpoint
 from lf_dense.runs import keep_previous_checkpoint
 
 
@@ -28,7 +29,10 @@ def test_truncation_at_any_length_is_seen(tmp_path, legacy):
     path = save(tmp_path / "epoch_1.pth", 1, _use_new_zipfile_serialization=not legacy)
     check_checkpoint(path)
     whole = path.read_bytes()
-    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+    path.write_bytes(b"")
+    with pytest.raises(UsageError, match=r"epoch_1\.pth is empty \(0 bytes\)"):
+        check_checkpoint(path)
+    for length in (1, 3, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(UsageError, match=rf"epoch_1\.pth \({length} bytes\) is truncated"):
             check_checkpoint(path)

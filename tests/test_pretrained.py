@@ -16,9 +16,9 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, init_default_scope
 
-from lf_dense import LaplacianFormer, load_pretrained, pretrained, swap_backbone
+from lf_dense import LaplacianFormer, load_pretrained, reading, swap_backbone
 from lf_dense.errors import UsageError
-from lf_dense.pretrained import read_checkpoint
+from lf_dense.reading import read_checkpoint
 
 SMALL = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 2, 2)}
 
@@ -108,14 +108,14 @@ def failures(tmp_path, source):
     save(tmp_path / "empty.pth", {"state_dict": {}})
     yield "empty.pth", "no tensors at all"
     save(tmp_path / "none.pth", [1, 2, 3])
-    yield "none.pth", "has no LaplacianFormer"
+    yield "none.pth", "holds a list, and a dictionary"
     save(tmp_path / "arch.pth", LaplacianFormer({**SMALL, "embed_dims": (32, 64, 96, 128)}).state_dict())
     yield "arch.pth", r"only .*% of the backbone is in .*shape \(32, 3, 7, 7\) in the file, \(16, 3, 7, 7\) here"
     ran = tmp_path / "ran"
     save(tmp_path / "code.pth", {"state_dict": source.state_dict(), "meta": RunsCode(f"touch {ran}")})
-    yield "code.pth", "cannot be read as weights alone"
+    yield "code.pth", "holds posix.system, which could run code"
     (tmp_path / "code.pkl").write_bytes(pickle.dumps(RunsCode(f"touch {ran}")))
-    yield "code.pkl", "not a PyTorch checkpoint|cannot be read"
+    yield "code.pkl", "holds posix.system|not a PyTorch checkpoint"
 
 
 def test_what_cannot_be_loaded_changes_nothing_and_runs_nothing(source, tmp_path):
@@ -171,8 +171,8 @@ def test_from_an_address(source, tmp_path, server):
 def test_mmengine_s_short_names_are_read_as_weights_too(tmp_path, server, monkeypatch):
     ran = tmp_path / "ran"
     save(tmp_path / "served" / "code.pth", {"state_dict": RunsCode(f"touch {ran}")})
-    monkeypatch.setitem(pretrained._MODEL_LISTS, "open-mmlab", lambda: {"lf": f"{server}/code.pth"})
-    with pytest.raises(UsageError, match="cannot be read as weights alone"):
+    monkeypatch.setitem(reading._MODEL_LISTS, "open-mmlab", lambda: {"lf": f"{server}/code.pth"})
+    with pytest.raises(UsageError, match="holds posix.system"):
         read_checkpoint("open-mmlab://lf")
     assert not ran.exists()
     with pytest.raises(UsageError, match="none of those that mmengine knows"):

@@ -8,7 +8,7 @@ import torch
 from driving import COCO_OPTIONS, call, refusal, unpack_imagenette
 
 pytest.importorskip("mmpretrain")
-from lf_dense.pretrained import read_checkpoint
+from lf_dense.reading import read_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from lf_dense.checkpoints import write_atomically
+from lf_dense.files import write_atomically
 from lf_dense.cli import run
 from lf_dense.errors import UsageError
 

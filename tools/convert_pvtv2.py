@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 
 from lf_dense import LaplacianFormer, load_pretrained
-from lf_dense.cli import run
+from lf_dense.cli import add_trust_option, run
 from lf_dense.laplacianformer import ARCHS
 from lf_dense.publishing import write_checkpoint
 from lf_dense.pvtv2 import FORMS
+from lf_dense.reading import trust_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,11 +19,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--arch", choices=ARCHS, default="tiny", help="pvt_v2_b1 has tiny's depths; block i goes to block i")
     parser.add_argument("--form", choices=("auto", *FORMS), default="auto", help="whose names the file uses (default: told by its keys)")
     parser.add_argument("--partial", action="store_true", help="convert even where less than nine tenths of the arch are covered")
+    add_trust_option(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    if args.trust_checkpoint:
+        trust_checkpoint(args.checkpoint)
     backbone = LaplacianFormer(args.arch)
     report = load_pretrained(backbone, args.checkpoint, strict=not args.partial, form=args.form)
     state = backbone.state_dict()

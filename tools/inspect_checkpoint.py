@@ -8,12 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 from lf_dense import LaplacianFormer
-from lf_dense.checkpoints import is_remote
-from lf_dense.cli import run
+from lf_dense.cli import add_trust_option, run
 from lf_dense.errors import UsageError
 from lf_dense.laplacianformer import ARCHS
-from lf_dense.pretrained import HASHED_NAME, compare, find_backbone, read_checkpoint, tensors_of
+from lf_dense.pretrained import compare, find_backbone
 from lf_dense.publishing import arch_of
+from lf_dense.reading import HASHED_NAME, is_remote, read_checkpoint, tensors_of, trust_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -21,11 +21,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("checkpoint", help="path or address, .pth or .safetensors")
     parser.add_argument("--arch", choices=ARCHS, help="list what a LaplacianFormer of this size would take from it")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    add_trust_option(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    if args.trust_checkpoint:
+        trust_checkpoint(args.checkpoint)
     checkpoint = read_checkpoint(args.checkpoint)
     tensors = tensors_of(checkpoint)
 

@@ -8,6 +8,7 @@ from mmengine.device import get_device
 
 from lf_dense.cli import add_backbone_options, add_config_options, read_config, run
 from lf_dense.prediction import Predictor, find_images, predict_images
+from lf_dense.reading import trust_checkpoint
 
 
 def main() -> None:
@@ -22,6 +23,8 @@ def main() -> None:
     add_config_options(parser)
     args = parser.parse_args()
     find_images(args.source)
+    if args.trust_checkpoint:
+        trust_checkpoint(args.checkpoint)
     predictor = Predictor(read_config(args), args.checkpoint, args.device)
     print(f"wrote {predict_images(predictor, args.source, args.out, args.score_thr)} and the pictures beside it")
 

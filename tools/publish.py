@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lf_dense.cli import run
+from lf_dense.cli import add_trust_option, run
 from lf_dense.errors import UsageError
 from lf_dense.publishing import publish
+from lf_dense.reading import trust_checkpoint
 
 
 def parse_metric(text: str) -> tuple[str, float]:
@@ -25,12 +26,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--backbone-only", action="store_true", help="leave neck and heads out, and the backbone under its own names")
     parser.add_argument("--dataset", help="what it was trained on")
     parser.add_argument("--recipe", help="the config's name, in the place of what the file says")
+    add_trust_option(parser)
     parser.add_argument("--metric", type=parse_metric, nargs="+", metavar="NAME=NUMBER", help="in the place of those that the file has")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    if args.trust_checkpoint:
+        trust_checkpoint(args.checkpoint)
     if not args.out.parent.is_dir():
         raise UsageError(f"the folder {args.out.parent} is not there: make it first.")
     stated = {"dataset": args.dataset, "recipe": args.recipe, "metrics": dict(args.metric or [])}

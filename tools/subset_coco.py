@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lf_dense.checkpoints import write_atomically
+from lf_dense.files import write_atomically
 from lf_dense.cli import run
 from lf_dense.errors import UsageError
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from lf_dense.checkpoints import write_atomically
-from lf_dense.cli import run
+from lf_dense.files import write_atomically
+from lf_dense.cli import add_trust_option, run
 from lf_dense.errors import UsageError
 from lf_dense.laplacianformer import ARCHS
+from lf_dense.reading import trust_checkpoint
 from lf_dense.swap import swap_backbone
 
 
@@ -20,10 +21,13 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT.py", help="file to write")
     parser.add_argument("--backbone", choices=ARCHS, default="tiny", help="size of the LaplacianFormer (default: %(default)s)")
     parser.add_argument("--pretrained", metavar="CKPT", help="start the LaplacianFormer from this checkpoint")
+    add_trust_option(parser)
     parser.add_argument("--backbone-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="its other arguments")
     args = parser.parse_args()
     if args.out.suffix != ".py":
         raise UsageError(f"{args.out}: a config is a Python file, so the name has to end in .py.")
+    if args.pretrained and args.trust_checkpoint:
+        trust_checkpoint(args.pretrained)
     try:
         config = swap_backbone(args.config, args.backbone, args.pretrained, **args.backbone_options)
     except (TypeError, ValueError) as error:

@@ -27,6 +27,7 @@ def main() -> None:
         show_dir=args.show_dir,
         out=args.out,
         launcher=args.launcher,
+        trust=args.trust_checkpoint,
     ).test()
 
 

@@ -36,6 +36,7 @@ def main() -> None:
         amp=args.amp,
         auto_scale_lr=args.auto_scale_lr,
         launcher=args.launcher,
+        trust=args.trust_checkpoint,
     ).train()
 
 
