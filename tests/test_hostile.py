@@ -119,10 +119,10 @@ def guarded(monkeypatch):
 def test_all_of_mmengine_s_loading_is_guarded(guarded, places, canary):
     assert set(CheckpointLoader._schemes.values()) == {reading._load_from_safe_reader}
     hostile.by_system(places["file"], weights(), canary)
-    with pytest.raises(UsageError, match="holds posix.system"):
+    with pytest.raises(UsageError, match=r"holds posix\.system"):
         load_checkpoint(nn.Linear(1, 1), str(places["file"]))
     module = BaseModule(init_cfg={"type": "Pretrained", "checkpoint": str(places["file"])})
-    with pytest.raises(UsageError, match="holds posix.system"):
+    with pytest.raises(UsageError, match=r"holds posix\.system"):
         module.init_weights()
 
 
@@ -260,5 +260,5 @@ def test_trust_is_for_one_file(tmp_path, monkeypatch):
         torch.save({"x": hostile.Calls(os.getpid)}, tmp_path / name)
     reading.trust_checkpoint(tmp_path / "mine.pth")
     assert read_checkpoint(tmp_path / "mine.pth") == {"x": os.getpid()}
-    with pytest.raises(UsageError, match="other.pth holds posix.getpid"):
+    with pytest.raises(UsageError, match=r"other\.pth holds posix\.getpid"):
         read_checkpoint(tmp_path / "other.pth")

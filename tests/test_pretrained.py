@@ -172,7 +172,7 @@ def test_mmengine_s_short_names_are_read_as_weights_too(tmp_path, server, monkey
     ran = tmp_path / "ran"
     save(tmp_path / "served" / "code.pth", {"state_dict": RunsCode(f"touch {ran}")})
     monkeypatch.setitem(reading._MODEL_LISTS, "open-mmlab", lambda: {"lf": f"{server}/code.pth"})
-    with pytest.raises(UsageError, match="holds posix.system"):
+    with pytest.raises(UsageError, match=r"holds posix\.system"):
         read_checkpoint("open-mmlab://lf")
     assert not ran.exists()
     with pytest.raises(UsageError, match="none of those that mmengine knows"):

@@ -15,8 +15,8 @@ from mmengine.logging import HistoryBuffer
 from lf_dense import LaplacianFormer, load_pretrained
 from lf_dense.errors import UsageError
 from lf_dense.laplacianformer import ARCHS
-from lf_dense.reading import read_checkpoint
 from lf_dense.publishing import arch_of, publish, write_checkpoint
+from lf_dense.reading import read_checkpoint
 
 SMALL = {"embed_dims": (16, 32, 48, 64), "depths": (1, 2, 1, 1), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 2, 2)}
 

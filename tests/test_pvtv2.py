@@ -11,8 +11,8 @@ pytest.importorskip("mmengine")
 from lf_dense import LaplacianFormer, load_pretrained
 from lf_dense.errors import UsageError
 from lf_dense.pretrained import find_backbone
-from lf_dense.reading import read_checkpoint
 from lf_dense.pvtv2 import FORMS, convert_pvtv2
+from lf_dense.reading import read_checkpoint
 
 B0 = {"embed_dims": (32, 64, 160, 256), "depths": (2, 2, 2, 2), "num_heads": (1, 2, 5, 8), "mlp_ratios": (8, 8, 4, 4)}
 B1 = "tiny"

@@ -30,9 +30,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from lf_dense.files import write_atomically
 from lf_dense.cli import run
 from lf_dense.errors import UsageError
+from lf_dense.files import write_atomically
 
 PACKAGES = ("mmdet", "mmseg", "mmpretrain")
 # Pixels: small first; models that select hundreds of tokens, or pool with large windows, need more of them.
