@@ -1,6 +1,6 @@
 """Builds the native operators; the metadata is in pyproject.toml.
 
-The operators use torch's stable ABI and are plain shared libraries that ``lf_dense.native`` loads; a pybind11 module beside them
+The operators use torch's stable ABI and are plain shared libraries that ``lf_dense.backends.native`` loads; a pybind11 module beside them
 reports the build. Everything compiles through one ninja file. What switches it is listed in docs/operators.md.
 """
 
@@ -147,7 +147,7 @@ class BuildOperators(build_ext):
     """``_operators_cpu.so``, ``_operators_cuda.so`` where CUDA is built, and the module that reports both."""
 
     def run(self) -> None:
-        target = Path(ROOT if self.inplace else self.build_lib) / "lf_dense"
+        target = Path(ROOT if self.inplace else self.build_lib) / "lf_dense" / "backends"
         built: list[Path] = []
         if flag("LF_DENSE_NO_NATIVE"):
             print("LF_DENSE_NO_NATIVE is set: lf_dense is installed without native operators.")
@@ -242,4 +242,4 @@ class BuildOperators(build_ext):
         return ninja.build("cuda_link", "_operators_cuda.so", objects, after=after, flags=link)
 
 
-setup(ext_modules=[Extension("lf_dense._build_info", [])], cmdclass={"build_ext": BuildOperators})
+setup(ext_modules=[Extension("lf_dense.backends._build_info", [])], cmdclass={"build_ext": BuildOperators})

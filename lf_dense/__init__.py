@@ -7,8 +7,8 @@ from importlib.util import find_spec as _find_spec
 
 from .attention import LaplacianAttention
 from .backends import use_backend
+from .backends.native import build_info
 from .functional import laplacian_attention, laplacian_kernel, newton_schulz_inverse
-from .native import build_info
 
 __version__ = "0.1.0"
 
@@ -29,9 +29,9 @@ __all__ = [
 if _find_spec("mmengine") is not None:
     from .frameworks import align_config_names as _align_config_names
     from .laplacianformer import LaplacianFormer
-    from .layer_decay import LayerDecayOptimizer
-    from .pretrained import load_pretrained
-    from .swap import swap_backbone
+    from .swap.backbone import swap_backbone
+    from .training.layer_decay import LayerDecayOptimizer
+    from .weights.pretrained import load_pretrained
 
     _align_config_names()
 else:

@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import native, reference
-from .backends import choose_backend
+from .backends import choose_backend, native, reference
 
 __all__ = ["NORMALIZATIONS", "laplacian_attention", "laplacian_kernel", "newton_schulz_inverse"]
 

@@ -6,7 +6,8 @@ import platform
 
 import torch
 
-from . import __version__, backends, native
+from . import __version__, backends
+from .backends import native
 
 FUNCTIONS = ("laplacian_kernel", "newton_schulz_inverse", "laplacian_attention")
 

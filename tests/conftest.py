@@ -3,12 +3,13 @@
 import os
 from pathlib import Path
 
-import emulated
 import pytest
 import torch
-from driving import call
 
-from lf_dense import native, use_backend
+from lf_dense import use_backend
+from lf_dense.backends import native
+from support import emulated
+from support.driving import call
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lf_dense import LaplacianAttention, functional, native
+from lf_dense import LaplacianAttention, functional
 from lf_dense.attention import map_to_tokens, rotary_table, rotate, tokens_to_map
+from lf_dense.backends import native
 
 CPU = torch.device("cpu")
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
+
+from support import ROOT
 
 pytest.importorskip("mmengine")
 from mmengine.config import Config
@@ -11,8 +12,6 @@ from mmengine.config import Config
 from lf_dense import frameworks
 from lf_dense.errors import UsageError
 from lf_dense.frameworks import FRAMEWORKS, check_data, framework_of, load_config
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_packaged_names_resolve_in_every_framework():

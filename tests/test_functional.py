@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lf_dense import laplacian_attention, laplacian_kernel, native, newton_schulz_inverse, use_backend
-from lf_dense.backends import ENVIRONMENT_VARIABLE, choose_backend, requested_backend
+from lf_dense import laplacian_attention, laplacian_kernel, newton_schulz_inverse, use_backend
+from lf_dense.backends import ENVIRONMENT_VARIABLE, choose_backend, native, requested_backend
 
 CPU = torch.device("cpu")
 

@@ -28,11 +28,11 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
 from lf_dense import LaplacianAttention
+from lf_dense.ablation.attentions import ExactLaplacianAttention, GaussianAttention, SoftmaxAttention, SpatialReductionAttention
 from lf_dense.blocks import Block, PatchEmbed, Stage, init_weights
-from lf_dense.curves import save_figure
 from lf_dense.errors import UsageError
 from lf_dense.files import write_atomically
-from lf_dense.peers import ExactLaplacianAttention, GaussianAttention, SoftmaxAttention, SpatialReductionAttention
+from lf_dense.training.curves import save_figure
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BASELINE = "laplacian"

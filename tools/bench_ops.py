@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from lf_dense import functional, native
+from lf_dense import functional
+from lf_dense.backends import native
 from lf_dense.errors import UsageError
 
 STRIDES = (4, 8, 16, 32)

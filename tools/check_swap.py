@@ -30,9 +30,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from lf_dense.cli import run
 from lf_dense.errors import UsageError
 from lf_dense.files import write_atomically
+from lf_dense.training.cli import run
 
 PACKAGES = ("mmdet", "mmseg", "mmpretrain")
 # Pixels: small first; models that select hundreds of tokens, or pool with large windows, need more of them.
@@ -115,8 +115,8 @@ class Worker:
 
     def _check(self, package: str, name: str) -> tuple[str, str, str]:
         from lf_dense.frameworks import load_config, type_name
-        from lf_dense.rewiring import SwapError
-        from lf_dense.swap import swap_backbone
+        from lf_dense.swap.backbone import swap_backbone
+        from lf_dense.swap.rewiring import SwapError
 
         try:
             config = load_config(str(config_folder(package) / name))
@@ -188,7 +188,7 @@ def build_model(config: Any) -> Any:
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
 
-    from lf_dense.rewiring import nested, without_pretrained
+    from lf_dense.swap.rewiring import nested, without_pretrained
 
     init_default_scope(config.get("default_scope"))
     settings = without_pretrained(copy.deepcopy(config.model))
@@ -467,7 +467,7 @@ def check_all(
 def one_per_model(configs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """The first config of every combination of model, neck and head types."""
     from lf_dense.frameworks import load_config, type_name
-    from lf_dense.rewiring import as_list, heads_of
+    from lf_dense.swap.rewiring import as_list, heads_of
 
     chosen: dict[Any, tuple[str, str]] = {}
     for package, name in configs:

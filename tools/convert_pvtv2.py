@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from lf_dense import LaplacianFormer, load_pretrained
-from lf_dense.cli import add_trust_option, run
 from lf_dense.laplacianformer import ARCHS
-from lf_dense.publishing import write_checkpoint
-from lf_dense.pvtv2 import FORMS
-from lf_dense.reading import trust_checkpoint
+from lf_dense.training.cli import add_trust_option, run
+from lf_dense.weights.publishing import write_checkpoint
+from lf_dense.weights.pvtv2 import FORMS
+from lf_dense.weights.reading import trust_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

@@ -17,9 +17,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from lf_dense.cli import run
-from lf_dense.curves import read_scalars
 from lf_dense.errors import UsageError
+from lf_dense.training.cli import run
+from lf_dense.training.curves import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/retinanet_lf_demo.py"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lf_dense import LaplacianFormer
-from lf_dense.complexity import count
+from lf_dense.benchmark.complexity import count
 from lf_dense.laplacianformer import ARCHS
 
 NUM_CLASSES = 1000

@@ -27,7 +27,7 @@ PYTHON = sys.executable
 MIN_TORCH = (2, 11)
 MIN_CAPABILITY = (8, 0)
 # Those that exist are run; they need torch and pytest alone.
-TESTS = ("tests/test_native.py", "tests/test_mathematics.py", "tests/test_functional.py", "tests/test_attention.py")
+TESTS = ("tests/backends/test_native.py", "tests/backends/test_mathematics.py", "tests/test_functional.py", "tests/test_attention.py")
 GRACE_SECONDS = 3
 TAIL_LINES = 20
 PASSED, FAILED, OUT_OF_TIME, LEFT_OUT = "passed", "FAILED", "OUT OF TIME", "left out"
@@ -168,7 +168,7 @@ def plan(capability: str, out: Path) -> list[Step]:
     ]
     # Kernels of the namespace lf alone. What torch asks of the driver and does not get is no error.
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--kernel-name", "kns=_ZN2lf"]
-    selection = [*pytest, "tests/test_native.py", "-k", "sanitizer_selection and native-cuda"]
+    selection = [*pytest, "tests/backends/test_native.py", "-k", "sanitizer_selection and native-cuda"]
     for tool in ("memcheck", "racecheck"):
         # Each tensor an allocation of its own, or a read beyond one would end in another.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

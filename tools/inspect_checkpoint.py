@@ -8,12 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 from lf_dense import LaplacianFormer
-from lf_dense.cli import add_trust_option, run
 from lf_dense.errors import UsageError
 from lf_dense.laplacianformer import ARCHS
-from lf_dense.pretrained import compare, find_backbone
-from lf_dense.publishing import arch_of
-from lf_dense.reading import HASHED_NAME, is_remote, read_checkpoint, tensors_of, trust_checkpoint
+from lf_dense.training.cli import add_trust_option, run
+from lf_dense.weights.pretrained import compare, find_backbone
+from lf_dense.weights.publishing import arch_of
+from lf_dense.weights.reading import HASHED_NAME, is_remote, read_checkpoint, tensors_of, trust_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from lf_dense.cli import run
-from lf_dense.shapes import make_shapes
+from lf_dense.training.cli import run
+from lf_dense.training.toy_shapes import make_shapes
 
 
 def main() -> None:

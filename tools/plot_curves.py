@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lf_dense.cli import run
-from lf_dense.curves import compare_losses, plot_curves
 from lf_dense.errors import UsageError
+from lf_dense.training.cli import run
+from lf_dense.training.curves import compare_losses, plot_curves
 
 
 def parse_group(text: str) -> tuple[str, list[str]]:

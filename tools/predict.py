@@ -6,9 +6,9 @@ import argparse
 
 from mmengine.device import get_device
 
-from lf_dense.cli import add_backbone_options, add_config_options, read_config, run
-from lf_dense.prediction import Predictor, find_images, predict_images
-from lf_dense.reading import trust_checkpoint
+from lf_dense.training.cli import add_backbone_options, add_config_options, read_config, run
+from lf_dense.training.prediction import Predictor, find_images, predict_images
+from lf_dense.weights.reading import trust_checkpoint
 
 
 def main() -> None:

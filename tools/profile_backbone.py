@@ -12,8 +12,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lf_dense import LaplacianFormer
+from lf_dense.benchmark.timing import timed
 from lf_dense.laplacianformer import ARCHS
-from lf_dense.timing import timed
 
 
 def build_peers() -> dict[str, nn.Module]:

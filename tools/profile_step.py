@@ -15,10 +15,11 @@ import torch
 from mmengine.device import get_device
 from mmengine.optim import build_optim_wrapper
 
-from lf_dense import cli, use_backend
+from lf_dense import use_backend
+from lf_dense.benchmark.timing import timed
 from lf_dense.errors import UsageError
 from lf_dense.frameworks import framework_of, load_config
-from lf_dense.timing import timed
+from lf_dense.training import cli
 
 BACKENDS = ("native", "reference")
 

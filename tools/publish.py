@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lf_dense.cli import add_trust_option, run
 from lf_dense.errors import UsageError
-from lf_dense.publishing import publish
-from lf_dense.reading import trust_checkpoint
+from lf_dense.training.cli import add_trust_option, run
+from lf_dense.weights.publishing import publish
+from lf_dense.weights.reading import trust_checkpoint
 
 
 def parse_metric(text: str) -> tuple[str, float]:

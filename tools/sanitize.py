@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "lf_dense", "ops", "tests")
 # Those that exist are run. What the plain PyTorch reference computes is the other tests' business.
-TESTS = ("tests/test_mathematics.py", "tests/test_native.py")
+TESTS = ("tests/backends/test_mathematics.py", "tests/backends/test_native.py")
 SELECTION = "not reference-cpu"
 CXXFLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # In the order in which they have to be loaded; libstdc++, so that AddressSanitizer finds the functions that it stands before.
@@ -42,7 +42,7 @@ def build(folder: Path) -> Path:
     # A GPU's code is not sanitized by this; where CUDA is built all the same, one architecture is enough.
     environment = {**os.environ, "LF_DENSE_CXXFLAGS": CXXFLAGS, "LF_DENSE_NO_NATIVE": "", "TORCH_CUDA_ARCH_LIST": "8.0"}
     done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, env=environment, check=False)
-    library = folder / "lf_dense" / "_operators_cpu.so"
+    library = folder / "lf_dense" / "backends" / "_operators_cpu.so"
     if done.returncode or not library.exists():
         sys.exit("sanitize could not compile the operators; the reason is above.")
     return library

@@ -6,9 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from lf_dense.cli import run
 from lf_dense.errors import UsageError
 from lf_dense.files import write_atomically
+from lf_dense.training.cli import run
 
 
 def main() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from lf_dense.cli import add_trust_option, run
 from lf_dense.errors import UsageError
 from lf_dense.files import write_atomically
 from lf_dense.laplacianformer import ARCHS
-from lf_dense.reading import trust_checkpoint
-from lf_dense.swap import swap_backbone
+from lf_dense.swap.backbone import swap_backbone
+from lf_dense.training.cli import add_trust_option, run
+from lf_dense.weights.reading import trust_checkpoint
 
 
 def main() -> None:

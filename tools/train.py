@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-from lf_dense.cli import add_backbone_options, add_config_options, add_launcher, read_config, run, set_local_rank
-from lf_dense.runs import AUTO, build_training_runner
+from lf_dense.training.cli import add_backbone_options, add_config_options, add_launcher, read_config, run, set_local_rank
+from lf_dense.training.runs import AUTO, build_training_runner
 
 
 def main() -> None:

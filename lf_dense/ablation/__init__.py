@@ -1,0 +1,1 @@
+"""The ablation of the attention: which part of it is worth what."""

@@ -1,0 +1,1 @@
+"""Measuring operators, the backbone and training steps."""

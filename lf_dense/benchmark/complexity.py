@@ -1,0 +1,67 @@
+"""Parameters and multiply-adds of a backbone, by the papers' count and with the attention's own work beside it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..attention import LaplacianAttention
+
+_CONVOLUTIONS_AND_LINEAR = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
+
+
+class Complexity(NamedTuple):
+    """Counts for one image.
+
+    ``macs`` are the multiply-adds of convolutions and linear layers, what papers call FLOPs. ``attention_macs`` are the
+    operations of the kernel attention that this leaves out, with a subtract / absolute-accumulate pair as one.
+    """
+
+    params: int
+    macs: int
+    attention_macs: int
+
+
+def laplacian_attention_macs(num_heads: int, num_tokens: int, num_landmarks: int, head_dims: int, iters: int) -> int:
+    """Operations of one call of ``laplacian_attention`` for one image under ``"mass"``.
+
+    Three kernel matrices (queries, keys, landmarks), ``C_k^T V`` and ``C_q U`` with their mass columns, and two products of
+    m x m matrices per solver step.
+    """
+    kernels = (2 * num_tokens + num_landmarks) * num_landmarks * head_dims
+    products = 2 * num_tokens * num_landmarks * (head_dims + 1) + num_landmarks**2 * (head_dims + 1)
+    return num_heads * (kernels + products + 2 * iters * num_landmarks**3)
+
+
+def count(backbone: nn.Module, input_size: tuple[int, int] = (224, 224)) -> Complexity:
+    """Count a backbone at one input size ``(height, width)``, on one image, in eval mode; the module is left as it was."""
+    attention_macs = 0
+
+    def add_attention(module: LaplacianAttention, inputs: tuple) -> None:
+        nonlocal attention_macs
+        hw_shape = inputs[1]
+        num_landmarks = min(module.landmark_grid[0], hw_shape[0]) * min(module.landmark_grid[1], hw_shape[1])
+        attention_macs += laplacian_attention_macs(
+            module.num_heads, hw_shape[0] * hw_shape[1], num_landmarks, module.head_dims, module.newton_iters
+        )
+
+    weight = next(backbone.parameters())
+    image = torch.zeros(1, backbone.in_channels, *input_size, dtype=weight.dtype, device=weight.device)
+    was_training = backbone.training
+    backbone.eval()
+    hooks = [m.register_forward_pre_hook(add_attention) for m in backbone.modules() if isinstance(m, LaplacianAttention)]
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            backbone(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        backbone.train(was_training)
+    by_operator = counter.get_flop_counts()["Global"]
+    # Torch counts a multiply-add as two.
+    macs = sum(by_operator.get(operator, 0) for operator in _CONVOLUTIONS_AND_LINEAR) // 2
+    return Complexity(sum(p.numel() for p in backbone.parameters()), macs, attention_macs)

@@ -1,0 +1,113 @@
+"""Loss and accuracy curves of a finished or running work dir."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def read_scalars(work_dir: str | Path) -> list[dict[str, Any]]:
+    """Every logged record of every run in a work dir, oldest first; a line cut off by an interruption ends its file.
+
+    Raises:
+        UsageError: nothing has been logged there.
+    """
+    records = []
+    for path in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    if not records:
+        raise UsageError(f"{work_dir} holds no log (*/vis_data/scalars.json): give the work dir of a training run.")
+    return records
+
+
+def read_curves(work_dir: str | Path, metric: str = "") -> tuple[dict[int, float], dict[int, float]]:
+    """The training loss, and a validation metric, by iteration.
+
+    What a resumed run did again replaces what it had logged before the interruption.
+
+    Raises:
+        UsageError: no training has been logged there.
+    """
+    losses: dict[int, float] = {}
+    scores: dict[int, float] = {}
+    iteration = 0
+    for record in read_scalars(work_dir):
+        if "loss" in record:
+            iteration = record["iter"]
+            losses[iteration] = record["loss"]
+        elif metric in record:
+            scores[iteration] = record[metric]
+    if not losses:
+        raise UsageError(f"{work_dir} holds no training log: give the work dir of a training run, not of a test.")
+    return dict(sorted(losses.items())), dict(sorted(scores.items()))
+
+
+def save_figure(figure: Figure, out: str | Path) -> Path:
+    """Write a picture, and the folder for it."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    return out
+
+
+def compare_losses(groups: Mapping[str, Sequence[str | Path]], out: str | Path) -> Path:
+    """Draw the training losses of several runs: a thin line for each, and a thick one for the mean of each group.
+
+    Args:
+        groups: work dirs by the name of their group, the runs of several seeds for example.
+        out: picture to write.
+
+    Raises:
+        UsageError: a work dir has no training log.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, work_dirs) in enumerate(groups.items()):
+        runs = [read_curves(work_dir)[0] for work_dir in work_dirs]
+        shared = sorted(set.intersection(*(set(run) for run in runs)))
+        for run in runs:
+            axes.plot(run.keys(), run.values(), color=f"C{index}", alpha=0.35, linewidth=0.9)
+        label = f"{name} (mean of {len(runs)})" if len(runs) > 1 else name
+        axes.plot(shared, [sum(run[step] for run in runs) / len(runs) for step in shared], color=f"C{index}", linewidth=2, label=label)
+    axes.set(xlabel="iteration", ylabel="training loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return save_figure(figure, out)
+
+
+def plot_curves(work_dir: str | Path, out: str | Path, metric: str) -> Path:
+    """Draw the training loss over iterations, and one validation metric where it was measured, into a picture.
+
+    Raises:
+        UsageError: nothing has been logged there.
+    """
+    from matplotlib.figure import Figure
+
+    losses, scores = read_curves(work_dir, metric)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*losses.items()), color="tab:blue", label="training loss")
+    axes.set(xlabel="iteration", ylabel="training loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    if scores:
+        right = axes.twinx()
+        right.plot(*zip(*scores.items()), color="tab:orange", marker="o", label=metric)
+        right.set(ylabel=metric, ylim=(0, 1))
+        more_handles, more_labels = right.get_legend_handles_labels()
+        handles, labels = handles + more_handles, labels + more_labels
+    axes.legend(handles, labels, loc="center right")
+    return save_figure(figure, out)

@@ -1,0 +1,308 @@
+"""From a config and a command line's wishes to an mmengine Runner: what train.py and test.py share."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.device import is_cuda_available, is_mlu_available, is_musa_available, is_npu_available
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from ..errors import UsageError
+from ..frameworks import check_data, framework_of
+from ..weights.reading import guard_mmengine, read_checkpoint, trust_checkpoint
+from ..weights.saving import (
+    CheckpointCheckHook,
+    check_resumable,
+    latest_good_checkpoint,
+    remove_leftovers,
+    write_checkpoints_atomically,
+)
+from .labels import LabelCheckHook, check_coco_classes
+
+AUTO = "auto"
+DEFAULT_WORK_DIRS = Path("work_dirs")
+
+
+def set_work_dir(config: Config, work_dir: str | None) -> None:
+    """The argument, else the config's own, else ``work_dirs/`` and the config's name."""
+    if work_dir is not None:
+        config.work_dir = work_dir
+    elif config.get("work_dir") is None:
+        config.work_dir = str(DEFAULT_WORK_DIRS / Path(config.filename).stem)
+
+
+def enable_amp(config: Config) -> None:
+    """Train in mixed precision through mmengine's AmpOptimWrapper.
+
+    Raises:
+        UsageError: there is no device that mmengine supports it on, or the config has another optimizer wrapper.
+    """
+    if not has_accelerator():
+        raise UsageError("--amp needs a GPU (mmengine's AmpOptimWrapper does not run on a CPU), and none is visible: leave it out.")
+    wrapper = config.optim_wrapper.get("type", "OptimWrapper")
+    if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise UsageError(f"--amp replaces an OptimWrapper, and the config has {wrapper}: set mixed precision in its own options.")
+    config.optim_wrapper.type = "AmpOptimWrapper"
+    config.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def enable_auto_scale_lr(config: Config) -> None:
+    """Scale the learning rate by the real batch size over the one that the config was tuned for.
+
+    Raises:
+        UsageError: the config does not say which batch size that was.
+    """
+    if "base_batch_size" not in config.get("auto_scale_lr", {}):
+        raise UsageError("--auto-scale-lr needs the batch size that the learning rate was tuned for: set auto_scale_lr.base_batch_size.")
+    config.auto_scale_lr.enable = True
+
+
+def set_resume(config: Config, resume: str) -> None:
+    """Resume from a checkpoint, or under ``AUTO`` from the newest readable one of the work dir.
+
+    Raises:
+        UsageError: there is nothing to resume.
+    """
+    if resume == AUTO:
+        resume = latest_good_checkpoint(config.work_dir)
+        remove_leftovers(config.work_dir)
+    config.resume = True
+    config.load_from = resume
+
+
+def check_start(config: Config, trust: bool) -> None:
+    """Read the checkpoint that a training starts from, before minutes are spent on data and model.
+
+    Args:
+        config: its ``load_from`` and ``resume`` say which and how.
+        trust: run the code in it.
+
+    Raises:
+        UsageError: it cannot be read, or lacks what resuming needs.
+    """
+    source = config.get("load_from")
+    if not source:
+        return
+    if trust:
+        trust_checkpoint(source)
+    checkpoint = read_checkpoint(source)
+    if config.get("resume"):
+        check_resumable(checkpoint, source, bool(config.get("param_scheduler")))
+
+
+def keep_previous_checkpoint(config: Config) -> None:
+    """Keep two checkpoints where the config asks for one: mmengine deletes the old before it writes the new."""
+    hook = config.get("default_hooks", {}).get("checkpoint") or {}
+    if hook.get("max_keep_ckpts") == 1:
+        hook["max_keep_ckpts"] = 2
+        print_log(
+            "default_hooks.checkpoint.max_keep_ckpts is raised from 1 to 2, since an interruption between deleting the old "
+            "checkpoint and writing the new would lose the run.",
+            logger="current",
+            level=logging.WARNING,
+        )
+
+
+# What tells a process its place in the job, for each launcher.
+_RANK_VARIABLES = {
+    "pytorch": ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NODELIST"),
+    "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
+_HOW_TO_LAUNCH = {
+    "pytorch": "start it with torchrun, or tools/dist_train.sh",
+    "slurm": "start it with srun, or tools/slurm_train.sh",
+    "mpi": "start it with Open MPI's mpirun",
+}
+
+
+def has_accelerator() -> bool:
+    """Whether mmengine sees a device that it can train on in mixed precision and with its own start of distributed jobs."""
+    return is_cuda_available() or is_npu_available() or is_mlu_available() or is_musa_available()
+
+
+def set_launcher(config: Config, launcher: str) -> None:
+    """Prepare a distributed job; mmengine does the rest.
+
+    mmengine starts every launcher by choosing a GPU. Without one, torch.distributed is started here, by gloo and torchrun's variables,
+    and mmengine finds it running.
+
+    Raises:
+        UsageError: the launcher's variables are missing, or it or the model cannot work without a GPU.
+    """
+    config.launcher = launcher
+    if launcher == "none":
+        return
+    missing = [name for name in _RANK_VARIABLES[launcher] if name not in os.environ]
+    if missing:
+        raise UsageError(f"--launcher {launcher} needs {', '.join(missing)} in the environment: {_HOW_TO_LAUNCH[launcher]}.")
+    if has_accelerator():
+        return
+    if launcher != "pytorch":
+        raise UsageError(f"--launcher {launcher} needs GPUs, and none is visible: on CPUs use torchrun and --launcher pytorch.")
+    check_batch_norms(config)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+        atexit.register(_leave_process_group)
+    wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, **(config.get("model_wrapper_cfg") or {})}
+    wrapper.setdefault("find_unused_parameters", config.get("find_unused_parameters", False))
+    # mmengine names a GPU there, which a model on the CPU has none of.
+    config.model_wrapper_cfg = {**wrapper, "device_ids": None}
+    print_log("no GPU is visible: torch.distributed runs on CPUs, by gloo.", logger="current")
+
+
+def _leave_process_group() -> None:
+    """End gloo's threads while the interpreter still runs: one that frees a tensor later aborts the process."""
+    gc.collect()  # the runner's model holds the group too, and the runner is in reference cycles
+    torch.distributed.destroy_process_group()
+
+
+def check_batch_norms(config: Config) -> None:
+    """Make sure that a model for processes on CPUs has no norm that exists on GPUs alone.
+
+    Raises:
+        UsageError: it has; the settings that ask for it are named.
+    """
+
+    def find(key: str, settings: Any) -> Iterator[str]:
+        if isinstance(settings, dict):
+            if settings.get("type") in ("SyncBN", "MMSyncBN", "naiveSyncBN"):
+                yield f"{key}.type"
+            for name, value in settings.items():
+                yield from find(f"{key}.{name}", value)
+        elif isinstance(settings, (list, tuple)):
+            for index, value in enumerate(settings):
+                yield from find(f"{key}.{index}", value)
+
+    keys = list(find("model", config.model))
+    if keys:
+        raise UsageError(
+            f"the model has SyncBN ({', '.join(keys[:3])}), which torch has for GPUs alone: for processes on CPUs set BN or GN there, "
+            f"--cfg-options {keys[0]}=BN and the like."
+        )
+
+
+def build_runner(config: Config, whole: bool = False) -> Runner:
+    """The config's own runner type, or mmengine's; whatever it loads goes through ``read_checkpoint``.
+
+    Args:
+        config: the config.
+        whole: the checkpoint in ``load_from`` has to cover the whole model.
+    """
+    guard_mmengine()
+    runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+    if config.get("load_from") or config.get("resume"):
+        runner.register_hook(CheckpointCheckHook(config.get("load_from") or "that was saved last", whole))
+    return runner
+
+
+def build_training_runner(
+    config: Config,
+    *,
+    work_dir: str | None = None,
+    resume: str | None = None,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    launcher: str = "none",
+    trust: bool = False,
+) -> Runner:
+    """Check everything that can be checked without a model, then build the runner; ``train()`` is left to the caller.
+
+    Args:
+        config: the config.
+        work_dir: where logs and checkpoints go.
+        resume: checkpoint to go on from, or ``AUTO``.
+        amp: mixed precision.
+        auto_scale_lr: scale the learning rate with the global batch size.
+        launcher: mmengine's launcher.
+        trust: run the code in the checkpoint that is resumed or loaded.
+
+    Raises:
+        UsageError: framework, data, checkpoint or options cannot work.
+    """
+    framework_of(config)
+    set_launcher(config, launcher)
+    set_work_dir(config, work_dir)
+    if amp:
+        enable_amp(config)
+    if auto_scale_lr:
+        enable_auto_scale_lr(config)
+    splits = ("train", "val") if config.get("val_cfg") else ("train",)
+    check_data(config, splits)
+    check_coco_classes(config, splits)
+    if resume is not None:
+        set_resume(config, resume)
+    check_start(config, trust)
+    keep_previous_checkpoint(config)
+    write_checkpoints_atomically()
+    runner = build_runner(config)
+    runner.register_hook(LabelCheckHook(framework_of(config).scope))
+    return runner
+
+
+def draw_predictions(config: Config, directory: str) -> None:
+    """Make the framework's own visualization hook paint every test image into ``directory``."""
+    if "visualization" not in config.get("default_hooks", {}):
+        config.merge_from_dict({"default_hooks.visualization.type": framework_of(config).visualization_hook})
+    hook = config.default_hooks.visualization
+    if config.default_scope == "mmpretrain":
+        hook.update(enable=True, interval=1, out_dir=directory)
+    else:
+        hook.update(draw=True, interval=1)
+        # mmdet's hook nests its folder in the visualizer's; mmseg's has no folder of its own.
+        if config.default_scope == "mmdet":
+            hook.update(test_out_dir=str(Path(directory).resolve()))
+        else:
+            config.visualizer.update(save_dir=directory, vis_backends=[{"type": "LocalVisBackend"}])
+
+
+def build_testing_runner(
+    config: Config,
+    checkpoint: str,
+    *,
+    work_dir: str | None = None,
+    show_dir: str | None = None,
+    out: str | None = None,
+    launcher: str = "none",
+    trust: bool = False,
+) -> Runner:
+    """Like ``build_training_runner``, for evaluation; the checkpoint has to cover the whole model.
+
+    Args:
+        config: the config.
+        checkpoint: path or address.
+        work_dir: where logs and metrics go.
+        show_dir: draw every image with its prediction there.
+        out: pickle file for the raw predictions.
+        launcher: mmengine's launcher.
+        trust: run the code in the checkpoint.
+
+    Raises:
+        UsageError: framework, data, checkpoint or options cannot work, or the weights do not fit the model.
+    """
+    framework_of(config)
+    set_launcher(config, launcher)
+    set_work_dir(config, work_dir)
+    config.update(load_from=checkpoint, resume=False)
+    check_start(config, trust)
+    check_data(config, ("test",))
+    check_coco_classes(config, ("test",))
+    if out is not None:
+        if Path(out).suffix not in (".pkl", ".pickle"):
+            raise UsageError(f"--out {out}: the raw predictions are a pickle, so the name has to end in .pkl.")
+        evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
+        dump = "DumpDetResults" if config.default_scope == "mmdet" else "DumpResults"
+        config.test_evaluator = [*evaluators, {"type": dump, "out_file_path": out}]
+    if show_dir is not None:
+        draw_predictions(config, show_dir)
+    return build_runner(config, whole=True)

@@ -1,0 +1,1 @@
+"""Weights: reading checkpoints, finding a backbone in them, converting, publishing and saving."""

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+cv2 = pytest.importorskip("cv2")
+pytest.importorskip("mmengine")
+coco_mask = pytest.importorskip("pycocotools.mask")
+
+from lf_dense.training.toy_shapes import CLASSES, draw_scene, make_shapes
+
+
+def digest(folder):
+    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("shapes"), train=20, val=3, size=96, seed=5)
+
+
+def test_same_seed_same_bytes(made, tmp_path):
+    assert digest(make_shapes(tmp_path / "a", train=20, val=3, size=96, seed=5)) == digest(made)
+    assert digest(make_shapes(tmp_path / "b", train=20, val=3, size=96, seed=6)) != digest(made)
+
+
+def test_images_do_not_depend_on_how_many_there_are(made, tmp_path):
+    fewer = make_shapes(tmp_path, train=2, val=1, size=96, seed=5)
+    for name in ("train/000002.png", "semantic/train/000002.png", "val/000001.png"):
+        assert (fewer / name).read_bytes() == (made / name).read_bytes()
+    assert (made / "train/000001.png").read_bytes() != (made / "val/000001.png").read_bytes()
+
+
+def test_an_interrupted_set_is_made_again(made, tmp_path):
+    out = make_shapes(tmp_path, train=2, val=1, size=96, seed=5)
+    before = digest(out)
+    (out / "made_by.json").unlink()
+    (out / "train/000001.png").unlink()
+    assert digest(make_shapes(out, train=2, val=1, size=96, seed=5)) == before
+
+
+def test_boxes_masks_and_label_maps_agree(made):
+    content = json.loads((made / "annotations/instances_train.json").read_text())
+    assert [c["name"] for c in content["categories"]] == list(CLASSES)
+    assert len(content["images"]) == 20
+    assert {a["category_id"] for a in content["annotations"]} == set(range(1, len(CLASSES) + 1))
+    for image in content["images"]:
+        labels = cv2.imread(str(made / "semantic/train" / image["file_name"]), cv2.IMREAD_UNCHANGED)
+        painted = np.zeros_like(labels)
+        for annotation in (a for a in content["annotations"] if a["image_id"] == image["id"]):
+            encoded = coco_mask.frPyObjects(annotation["segmentation"], 96, 96)
+            mask = coco_mask.decode(encoded).astype(bool)
+            assert mask.sum() == annotation["area"]
+            assert coco_mask.toBbox(encoded).tolist() == annotation["bbox"]
+            assert not painted[mask].any(), "visible parts do not overlap"
+            painted[mask] = annotation["category_id"]
+        np.testing.assert_array_equal(painted, labels)
+
+
+def test_scenes_have_occlusion_and_scale():
+    scenes = [draw_scene(np.random.default_rng([1, i]), 192)[1] for i in range(60)]
+    sides = [max(np.ptp(axis) + 1 for axis in np.nonzero(mask)) for shapes in scenes for _, mask in shapes]
+    assert min(sides) < 24
+    assert max(sides) > 80
+    # A disk that is cut by another shape fills its box less than pi / 4 of it.
+    disks = [mask for shapes in scenes for label, mask in shapes if CLASSES[label] == "disk"]
+    fills = [mask.sum() / ((np.ptp(np.nonzero(mask)[0]) + 1) * (np.ptp(np.nonzero(mask)[1]) + 1)) for mask in disks]
+    assert min(fills) < 0.65
