@@ -1,7 +1,8 @@
 """Builds the native operators; the metadata is in pyproject.toml.
 
-The operators use torch's stable ABI and are plain shared libraries that ``lf_dense.backends.native`` loads; a pybind11 module beside them
-reports the build. Everything compiles through one ninja file. What switches it is listed in docs/operators.md.
+The operators use torch's stable ABI and are plain shared libraries that ``lf_dense.backends.native`` loads; a
+pybind11 module beside them reports the build. Everything compiles through one ninja file. What switches it is
+listed in docs/operators.md.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ OPS = ROOT / "ops"
 MIN_TORCH = (2, 11)
 ABI_TARGET = "0x020b000000000000"
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
-CPU_SOURCES = ["schemas.cpp", *(f"cpu/{name}.cpp" for name in ("laplacian_kernel", "newton_schulz_inverse", "laplacian_attention"))]
+CPU_SOURCES = [
+    "schemas.cpp",
+    *(f"cpu/{name}.cpp" for name in ("laplacian_kernel", "newton_schulz_inverse", "laplacian_attention")),
+]
 X86_SETS = {
     "avx512": (64, "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512"),
     "avx2": (32, "-mavx2 -mfma -mf16c"),
@@ -45,7 +49,10 @@ def flag(name: str) -> bool:
 def find_torch() -> tuple[Path, str, str | None]:
     """Torch's folder, version and CUDA version."""
     if find_spec("torch") is None:
-        raise CannotBuild("torch cannot be imported while building (install torch first, then lf_dense with --no-build-isolation)")
+        raise CannotBuild(
+            "torch cannot be imported while building (install torch first, then lf_dense with"
+            " --no-build-isolation)"
+        )
     import torch
 
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
@@ -58,7 +65,9 @@ def find_torch() -> tuple[Path, str, str | None]:
 def find_compiler() -> str:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(shlex.split(compiler)[0]) is None:
-        raise CannotBuild(f"there is no C++ compiler ({compiler} was not found: install g++, or name one in CXX)")
+        raise CannotBuild(
+            f"there is no C++ compiler ({compiler} was not found: install g++, or name one in CXX)"
+        )
     return compiler
 
 
@@ -81,7 +90,10 @@ def architectures(requested: str) -> list[str]:
     for entry in re.split(r"[;,\s]+", requested.strip()):
         found = re.fullmatch(r"(\d+)\.(\d[a-z]?)(\+PTX)?", entry)
         if not found:
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST is {requested!r}: write numbers like '8.0;9.0+PTX' ({entry!r} is not one).")
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST is {requested!r}: write numbers like '8.0;9.0+PTX' ({entry!r} is not"
+                " one)."
+            )
         number = found[1] + found[2]
         options.append(f"-gencode arch=compute_{number},code=sm_{number}")
         if found[3]:
@@ -90,7 +102,9 @@ def architectures(requested: str) -> list[str]:
 
 
 def version_line(command: str) -> str:
-    lines = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        [*shlex.split(command), "--version"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     return next((line for line in lines if "release" in line), lines[0])
 
 
@@ -107,7 +121,10 @@ class Ninja:
             "  description = C++ $out",
             "rule cuda",
             # The compiler's resource report stays beside the object; it is shown where the compilation fails.
-            "  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out > $out.report 2>&1 || (cat $out.report && false)",
+            (
+                "  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out > $out.report 2>&1 || (cat"
+                " $out.report && false)"
+            ),
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = CUDA $out",
@@ -157,7 +174,10 @@ class BuildOperators(build_ext):
             except CannotBuild as why:
                 if flag("LF_DENSE_FORCE_CUDA"):
                     raise SystemExit(f"LF_DENSE_FORCE_CUDA is set, but {why}.") from None
-                message = f"lf_dense is installed without native operators, since {why}: it runs the plain PyTorch reference."
+                message = (
+                    f"lf_dense is installed without native operators, since {why}: it runs the plain PyTorch"
+                    " reference."
+                )
                 warnings.warn(message, stacklevel=1)
         target.mkdir(parents=True, exist_ok=True)
         for stale in [*target.glob("_operators_*.so"), *target.glob("_build_info.*")]:
@@ -189,8 +209,13 @@ class BuildOperators(build_ext):
             )
             for name, (size, flags) in {**(X86_SETS if IS_X86 else {}), "plain": (16, "")}.items()
         ]
-        vector.append(ninja.build("compile", "instruction_set.o", [OPS / "cpu/instruction_set.cpp"], flags=stable))
-        objects = [ninja.build("compile", source.replace("/", "_") + ".o", [OPS / source], flags=stable) for source in CPU_SOURCES]
+        vector.append(
+            ninja.build("compile", "instruction_set.o", [OPS / "cpu/instruction_set.cpp"], flags=stable)
+        )
+        objects = [
+            ninja.build("compile", source.replace("/", "_") + ".o", [OPS / source], flags=stable)
+            for source in CPU_SOURCES
+        ]
         link = f"-L{shlex.quote(str(torch_folder / 'lib'))} -ltorch_cpu -lc10 {extra}"
         outputs = [ninja.build("link", "_operators_cpu.so", [*objects, *vector], flags=link)]
 
@@ -198,7 +223,10 @@ class BuildOperators(build_ext):
         if flag("LF_DENSE_FORCE_CUDA") and not nvcc:
             raise CannotBuild("nvcc was not found (put it on the PATH or set CUDA_HOME)")
         if torch_cuda and not nvcc:
-            message = "lf_dense's CUDA operators are not built, since nvcc was not found: CUDA tensors run the reference."
+            message = (
+                "lf_dense's CUDA operators are not built, since nvcc was not found: CUDA tensors run the"
+                " reference."
+            )
             warnings.warn(message, stacklevel=1)
         if nvcc and (torch_cuda or flag("LF_DENSE_FORCE_CUDA")):
             cuda_architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
@@ -214,7 +242,9 @@ class BuildOperators(build_ext):
         }
         defines = " ".join(shlex.quote(f'-DLF_BUILD_{key}="{value}"') for key, value in report.items())
         python = f"-isystem {shlex.quote(sysconfig.get_path('include'))}"
-        module = ninja.build("compile", "build_info.o", [OPS / "build_info.cpp"], flags=f"{base} {include} {python} {defines}")
+        module = ninja.build(
+            "compile", "build_info.o", [OPS / "build_info.cpp"], flags=f"{base} {include} {python} {defines}"
+        )
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         outputs.append(ninja.build("link", f"_build_info{suffix}", [module, *vector], flags=extra))
         ninja.run(ninja_command)
@@ -224,20 +254,21 @@ class BuildOperators(build_ext):
     def add_cuda(ninja: Ninja, nvcc: str, torch_folder: Path, requested: str) -> str:
         ninja.variable("nvcc", nvcc)
         flags = (
-            f"-std=c++20 -O3 -DUSE_CUDA -DTORCH_TARGET_VERSION={ABI_TARGET} {' '.join(architectures(requested))} "
-            f"-isystem {shlex.quote(str(torch_folder / 'include'))} -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v --threads 1"
+            f"-std=c++20 -O3 -DUSE_CUDA -DTORCH_TARGET_VERSION={ABI_TARGET}"
+            f" {' '.join(architectures(requested))} -isystem {shlex.quote(str(torch_folder / 'include'))}"
+            " -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v --threads 1"
         )
         sources = sorted((OPS / "cuda").glob("*.cu"))
         objects = [ninja.build("cuda", f"cuda_{source.stem}.o", [source], flags=flags) for source in sources]
-        # The stream and the device guard are in libtorch_cuda; where torch is CPU-only an empty stand-in of its name is linked, and
-        # the real one is found when the operators are loaded beside a CUDA torch.
+        # The stream and the device guard are in libtorch_cuda; where torch is CPU-only an empty stand-in of
+        # its name is linked, and the real one is found when the operators are loaded beside a CUDA torch.
         library, after = torch_folder / "lib", ""
         if not (library / "libtorch_cuda.so").exists():
             after = ninja.build("nothing", "stand_in/libtorch_cuda.so", [], soname="libtorch_cuda.so")
             Path(ninja.folder, "stand_in").mkdir(parents=True, exist_ok=True)
         link = (
-            f"-L{shlex.quote(str(library))} -Lstand_in -ltorch_cpu -lc10 -Xlinker --no-as-needed -ltorch_cuda "
-            f"-cudart static {' '.join(architectures(requested))}"
+            f"-L{shlex.quote(str(library))} -Lstand_in -ltorch_cpu -lc10 -Xlinker --no-as-needed -ltorch_cuda"
+            f" -cudart static {' '.join(architectures(requested))}"
         )
         return ninja.build("cuda_link", "_operators_cuda.so", objects, after=after, flags=link)
 

@@ -9,7 +9,13 @@ size = (192, 192)
 model = dict(
     data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[64.0, 64.0, 64.0]),
     backbone=dict(
-        arch=dict(_delete_=True, embed_dims=(32, 64, 96, 128), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4), mlp_ratios=(4, 4, 4, 4)),
+        arch=dict(
+            _delete_=True,
+            embed_dims=(32, 64, 96, 128),
+            depths=(1, 1, 2, 1),
+            num_heads=(1, 2, 3, 4),
+            mlp_ratios=(4, 4, 4, 4),
+        ),
         drop_path_rate=0.0,
     ),
     neck=dict(in_channels=[32, 64, 96, 128], out_channels=64, num_outs=4),
@@ -18,7 +24,9 @@ model = dict(
         in_channels=64,
         feat_channels=64,
         stacked_convs=2,
-        anchor_generator=dict(scales_per_octave=2, octave_base_scale=3, ratios=[1.0], strides=[8, 16, 32, 64]),
+        anchor_generator=dict(
+            scales_per_octave=2, octave_base_scale=3, ratios=[1.0], strides=[8, 16, 32, 64]
+        ),
     ),
     test_cfg=dict(nms_pre=200, score_thr=0.02),
 )

@@ -1,6 +1,7 @@
 """LaplacianAttention: projections, rotary embedding, landmarks, the kernel attention and a depthwise convolution of the values.
 
-Tokens ``(B, N, C)`` and maps ``(B, C, H, W)`` are two views of one channels-last memory, so nothing is copied between them.
+Tokens ``(B, N, C)`` and maps ``(B, C, H, W)`` are two views of one channels-last memory, so nothing is copied
+between them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ def map_to_tokens(x: Tensor) -> Tensor:
 def rotary_table(hw_shape: tuple[int, int], head_dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of a 2-D axial rotary embedding, each float32 of ``(H * W, 1, head_dims)``.
 
-    Coordinates run over [-1, 1] whatever the map's size, so that a larger image interpolates the positions seen in training.
-    The fastest rotation turns twice across the map, about a radian and a half per landmark cell of the default 7 x 7 grid:
-    anything faster would average out of the landmarks, which are pooled after the rotation.
-    Pairs are channels ``c`` and ``c + head_dims / 2``; the first half of the pairs turns with the row, the second with the column.
+    Coordinates run over [-1, 1] whatever the map's size, so that a larger image interpolates the positions
+    seen in training. The fastest rotation turns twice across the map, about a radian and a half per landmark
+    cell of the default 7 x 7 grid: anything faster would average out of the landmarks, which are pooled after
+    the rotation. Pairs are channels ``c`` and ``c + head_dims / 2``; the first half of the pairs turns with
+    the row, the second with the column.
     """
     pairs = head_dims // 4
     exponents = torch.arange(pairs, device=device, dtype=torch.float32) / pairs
@@ -69,14 +71,17 @@ def landmark_grid_pair(grid: object) -> tuple[int, int]:
     """
     pair = tuple(grid) if isinstance(grid, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(n, int) and n >= 1 for n in pair):
-        raise ValueError(f"the landmark grid {grid!r} is not two positive integers (rows, columns), like (7, 7).")
+        raise ValueError(
+            f"the landmark grid {grid!r} is not two positive integers (rows, columns), like (7, 7)."
+        )
     return pair
 
 
 class LaplacianAttention(nn.Module):
     """Multi-head Laplacian attention over the tokens of a map, plus a 3 x 3 depthwise convolution of the values.
 
-    Landmarks are the rotated queries averaged over a fixed grid: at 224 x 224 the default 7 x 7 is the paper's own pooling in
+    Landmarks are the rotated queries averaged over a fixed grid: at 224 x 224 the default 7 x 7 is the
+        paper's own pooling in
     every stage, and at any other size their number, and so the cost per token, stays what it was.
 
     Args:
@@ -88,8 +93,8 @@ class LaplacianAttention(nn.Module):
         proj_drop: dropout after the output projection.
         tau: see ``lf_dense.functional.laplacian_attention``.
         rotary: turn queries and keys by their place in the map.
-        learn_kernel_scale: let every head learn a factor to ``kernel_scale``, whose logarithm starts at 0 and is the parameter
-            ``log_scale``.
+        learn_kernel_scale: let every head learn a factor to ``kernel_scale``, whose logarithm starts at 0 and
+            is the parameter ``log_scale``.
 
     Raises:
         ValueError: a value is out of range or the heads do not divide the channels.
@@ -112,8 +117,8 @@ class LaplacianAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or embed_dims % num_heads or (embed_dims // num_heads) % 4:
             raise ValueError(
-                f"{num_heads} heads of {embed_dims} channels: each head needs a whole number of channels, a multiple of 4 "
-                "(the rotary embedding turns pairs along two axes)."
+                f"{num_heads} heads of {embed_dims} channels: each head needs a whole number of channels, a"
+                " multiple of 4 (the rotary embedding turns pairs along two axes)."
             )
         functional.check_kernel_scale(kernel_scale)
         functional.check_solver(newton_iters, eps=1e-2)
@@ -147,7 +152,9 @@ class LaplacianAttention(nn.Module):
         pooled = over_columns @ pooled.view(batch * rows, width, heads * head_dims)
         return pooled.view(batch, rows * columns, heads, head_dims).transpose(1, 2)
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Attend over one map.
 
         Args:
@@ -179,7 +186,8 @@ class LaplacianAttention(nn.Module):
     def merge(self, attended: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Add the convolution of the values ``(B, N, C)`` to what was attended ``(B, N, heads, head_dims)``, and project."""
         local = self.split(map_to_tokens(self.dwconv(tokens_to_map(v, hw_shape))))
-        # The sum takes the layout of its first operand, so the heads return to their place without a copy of their own.
+        # The sum takes the layout of its first operand, so the heads return to their place without a copy of
+        # their own.
         return self.proj_drop(self.proj((local + attended).flatten(2)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -197,7 +205,8 @@ class LaplacianAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"num_heads={self.num_heads}, landmark_grid={self.landmark_grid}, kernel_scale={self.kernel_scale}, "
-            f"newton_iters={self.newton_iters}, normalization={self.normalization!r}, tau={self.tau}, rotary={self.rotary}, "
-            f"learn_kernel_scale={self.log_scale is not None}"
+            f"num_heads={self.num_heads}, landmark_grid={self.landmark_grid},"
+            f" kernel_scale={self.kernel_scale}, newton_iters={self.newton_iters},"
+            f" normalization={self.normalization!r}, tau={self.tau}, rotary={self.rotary},"
+            f" learn_kernel_scale={self.log_scale is not None}"
         )

@@ -67,7 +67,14 @@ class Block(nn.Module):
     ``attn`` takes tokens, the map's shape and the map's rotary table, and returns tokens.
     """
 
-    def __init__(self, embed_dims: int, mlp_ratio: int, attn: nn.Module, drop_rate: float = 0.0, drop_path_rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        embed_dims: int,
+        mlp_ratio: int,
+        attn: nn.Module,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.attn = attn
@@ -83,7 +90,9 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Patch embedding, blocks and output norm of one resolution; the rotary table is made once for all its blocks."""
 
-    def __init__(self, patch_embed: PatchEmbed, blocks: Sequence[Block], embed_dims: int, with_cp: bool = False) -> None:
+    def __init__(
+        self, patch_embed: PatchEmbed, blocks: Sequence[Block], embed_dims: int, with_cp: bool = False
+    ) -> None:
         super().__init__()
         self.patch_embed = patch_embed
         self.blocks = nn.ModuleList(blocks)

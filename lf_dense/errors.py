@@ -1,5 +1,33 @@
-"""The error for what a user can mend: its message is the whole explanation, and the tools print it without a traceback."""
+"""The error for what a user can mend, and how a command line ends with it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
 
 
 class UsageError(ValueError):
     """A config, path or option that cannot work; one sentence says what, what was expected and what to do."""
+
+
+def tool_parser(description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """A tool's parser of arguments, with the option that every tool has: ``--traceback``."""
+    parser = argparse.ArgumentParser(description=description, **options)
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def run_tool(main: Callable[[], int | None]) -> None:
+    """Run a tool's ``main`` and exit with the code that it returns.
+
+    A ``UsageError`` prints its sentence and exits with 2. With ``--traceback`` on the command line it is shown whole.
+    """
+    try:
+        sys.exit(main())
+    except UsageError as error:
+        if "--traceback" in sys.argv[1:]:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

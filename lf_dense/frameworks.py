@@ -1,6 +1,7 @@
 """The OpenMMLab frameworks a config may belong to: finding configs by path or name, and saying what is missing.
 
-Upstream's releases and the maintained ``onedl-*`` forks share import names, so everything here looks for modules.
+Upstream's releases and the maintained ``onedl-*`` forks share import names, so everything here looks for
+modules.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
 
     Args:
         name: path or packaged name.
-        options: overrides by dotted key. ``data_root`` moves every path of the config that lies under its data root, which
-            setting the plain key would not do.
+        options: overrides by dotted key. ``data_root`` moves every path of the config that lies under its
+            data root, which setting the plain key would not do.
 
     Raises:
         UsageError: the file or name does not exist, or a framework it inherits from is not installed.
@@ -81,7 +82,9 @@ def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
     if packaged and not FRAMEWORKS[scope].installed:
         raise UsageError(f"the config {name!r} cannot be read: {FRAMEWORKS[scope].how_to_install}")
     if not packaged and not Path(name).is_file():
-        raise UsageError(f"the config {name!r} is not there: give the path of a file or a packaged name like mmdet::...")
+        raise UsageError(
+            f"the config {name!r} is not there: give the path of a file or a packaged name like mmdet::..."
+        )
     try:
         config = get_config(name) if packaged else Config.fromfile(name)
     except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
@@ -111,7 +114,10 @@ def framework_of(config: Config) -> Framework:
     """
     scope = config.get("default_scope")
     if scope not in FRAMEWORKS:
-        raise UsageError(f"the config's default_scope is {scope!r}: set it to one of {', '.join(FRAMEWORKS)}, which it trains with.")
+        raise UsageError(
+            f"the config's default_scope is {scope!r}: set it to one of {', '.join(FRAMEWORKS)}, which it"
+            " trains with."
+        )
     framework = FRAMEWORKS[scope]
     if not framework.installed:
         raise UsageError(f"the config {config.filename} cannot be run: {framework.how_to_install}")
@@ -145,8 +151,8 @@ def move_data_root(config: Config, data_root: str) -> None:
     roots = {dataset.get("data_root") for _, dataset in datasets_of(config, SPLITS)} - {None, ""}
     if len(roots) != 1:
         raise UsageError(
-            f"data_root cannot be set as a whole, since the config's datasets have {sorted(roots) or 'none'}: "
-            "set train_dataloader.dataset.data_root and its like one by one."
+            f"data_root cannot be set as a whole, since the config's datasets have {sorted(roots) or 'none'}:"
+            " set train_dataloader.dataset.data_root and its like one by one."
         )
     old = roots.pop().rstrip("/")
 

@@ -1,7 +1,7 @@
 """The one door to the attention's mathematics: check the arguments, choose a backend, call it.
 
-Every function takes ``backend="auto" | "reference" | "native"``; left at None, the ``lf_dense.use_backend`` block around the
-call decides, then the environment variable ``LF_DENSE_BACKEND``, then ``"auto"``.
+Every function takes ``backend="auto" | "reference" | "native"``; left at None, the ``lf_dense.use_backend``
+block around the call decides, then the environment variable ``LF_DENSE_BACKEND``, then ``"auto"``.
 """
 
 from __future__ import annotations
@@ -22,23 +22,31 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check_kernel_scale(scale: float) -> None:
     """Raise ValueError unless the kernel's scale is a positive finite number."""
     if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
-        raise ValueError(f"the kernel scale is {scale!r}, and has to be a positive finite number (the paper's is 4.0).")
+        raise ValueError(
+            f"the kernel scale is {scale!r}, and has to be a positive finite number (the paper's is 4.0)."
+        )
 
 
 def check_solver(iters: int, eps: float) -> None:
     """Raise ValueError unless the solver has at least one step and a positive finite ridge."""
     if not isinstance(iters, int) or iters < 1:
         raise ValueError(
-            f"the solver got {iters!r} iterations, and needs a whole number, at least 1 (10 converge for every input up to 196 landmarks)."
+            f"the solver got {iters!r} iterations, and needs a whole number, at least 1 (10 converge for"
+            " every input up to 196 landmarks)."
         )
     if not 0 < eps < math.inf:
-        raise ValueError(f"the solver's eps is {eps}, and has to be a positive finite number: without it a blank image has no inverse.")
+        raise ValueError(
+            f"the solver's eps is {eps}, and has to be a positive finite number: without it a blank image has"
+            " no inverse."
+        )
 
 
 def check_normalization(normalization: str) -> None:
     """Raise ValueError unless the name is one of ``NORMALIZATIONS``."""
     if normalization not in NORMALIZATIONS:
-        raise ValueError(f"the normalization {normalization!r} does not exist: use one of {', '.join(NORMALIZATIONS)}.")
+        raise ValueError(
+            f"the normalization {normalization!r} does not exist: use one of {', '.join(NORMALIZATIONS)}."
+        )
 
 
 def check_tau(tau: float) -> None:
@@ -61,8 +69,8 @@ def _checked_tensors(**tensors: Tensor) -> list[Tensor]:
     for name, tensor in others:
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise TypeError(
-                f"{name} is {tensor.dtype} on {tensor.device} and {first_name} is {first.dtype} on {first.device}: "
-                "convert them to one dtype and one device."
+                f"{name} is {tensor.dtype} on {tensor.device} and {first_name} is {first.dtype} on"
+                f" {first.device}: convert them to one dtype and one device."
             )
     return list(tensors.values())
 
@@ -73,12 +81,13 @@ def laplacian_kernel(x: Tensor, y: Tensor, scale: float = 4.0, *, backend: str |
     Args:
         x: points ``(..., N, d)``: float64, float32, bfloat16 or float16; any strides.
         y: points ``(..., M, d)`` with the same leading dimensions, dtype and device.
-        scale: the length over which the kernel falls by e, in units of L1 distance; 4 is the best of the paper's ablation.
+        scale: the length over which the kernel falls by e, in units of L1 distance; 4 is the best of the
+            paper's ablation.
         backend: see the module.
 
     Returns:
-        ``(..., N, M)`` in the dtype of ``x``, entries in (0, 1]. Distances and exponentials are taken in float32 or wider.
-        The gradient at ``x_i = y_j`` is 0. NaN in a point makes its row or column NaN.
+        ``(..., N, M)`` in the dtype of ``x``, entries in (0, 1]. Distances and exponentials are taken in
+        float32 or wider. The gradient at ``x_i = y_j`` is 0. NaN in a point makes its row or column NaN.
 
     Raises:
         TypeError: dtypes or devices differ or are not supported.
@@ -87,25 +96,31 @@ def laplacian_kernel(x: Tensor, y: Tensor, scale: float = 4.0, *, backend: str |
     """
     x, y = _checked_tensors(x=x, y=y)
     if x.ndim < 2 or x.ndim != y.ndim or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
-        raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: they have to be (..., N, d) and (..., M, d).")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: they have to be (..., N, d) and (...,"
+            " M, d)."
+        )
     check_kernel_scale(scale)
     implementation = native if choose_backend(backend, x.device, x.shape[-1]) == "native" else reference
     return implementation.laplacian_kernel(x, y, scale)
 
 
-def newton_schulz_inverse(w: Tensor, iters: int = 10, eps: float = 1e-2, *, backend: str | None = None) -> Tensor:
+def newton_schulz_inverse(
+    w: Tensor, iters: int = 10, eps: float = 1e-2, *, backend: str | None = None
+) -> Tensor:
     """``(w + eps I)^-1`` of kernel matrices by matrix products alone (paper, section 3.3; start and scaling are the project's).
 
     Args:
-        w: symmetric positive semi-definite matrices with non-negative entries ``(..., m, m)``: any supported dtype.
-        iters: Newton-Schulz steps. 10 converge for every input up to m = 196, all landmarks equal included; a last step in
-            float64 then takes off the rounding error.
+        w: symmetric positive semi-definite matrices with non-negative entries ``(..., m, m)``: any supported
+            dtype.
+        iters: Newton-Schulz steps. 10 converge for every input up to m = 196, all landmarks equal included; a
+            last step in float64 then takes off the rounding error.
         eps: the ridge added to the diagonal, and so the smallest eigenvalue.
         backend: see the module.
 
     Returns:
-        ``(..., m, m)`` in the dtype of ``w``, computed in float32 or wider whatever autocast says. The gradient is that of the
-        exact inverse, ``-X^T dX X^T``.
+        ``(..., m, m)`` in the dtype of ``w``, computed in float32 or wider whatever autocast says. The
+        gradient is that of the exact inverse, ``-X^T dX X^T``.
 
     Raises:
         TypeError: the dtype is not supported.
@@ -136,16 +151,20 @@ def laplacian_attention(
 ) -> Tensor:
     """Laplacian linear attention: each token's average of the values, weighted by a Nystroem kernel (paper, section 3.2).
 
-    With ``G = C_q (W + eps I)^-1 C_k^T``, the kernel between queries and keys through the landmarks, the result is ``Z V``:
+    With ``G = C_q (W + eps I)^-1 C_k^T``, the kernel between queries and keys through the landmarks, the
+    result is ``Z V``:
 
     - ``"mass"``: ``z_i = (g_i - mean g_i) / (N (max(mean g_i, 0) + tau)) + 1/N``. The default: the
-      smallest rounding error of the three on tokens that lie close together. ``tau > 0`` keeps the map injective, because the
-      kernel mass of a query then survives in its row. A query far from every key gets the mean of V.
-    - ``"whiten_keys"``: the paper's diagonal estimate, column j centred and divided by ``sqrt(var_i g_ij + delta)``.
+      smallest rounding error of the three on tokens that lie close together. ``tau > 0`` keeps the map
+      injective, because the kernel mass of a query then survives in its row. A query far from every key gets
+      the mean of V.
+    - ``"whiten_keys"``: the paper's diagonal estimate, column j centred and divided by ``sqrt(var_i g_ij +
+      delta)``.
     - ``"whiten_landmarks"``: the same on the m columns of ``C_q``.
 
-    All divide by N as their constant term 1/N does, so the output's scale does not depend on the image's size: repeating every
-    token leaves every output unchanged. Statistics are those of one image and one head, never of the batch.
+    All divide by N as their constant term 1/N does, so the output's scale does not depend on the image's
+    size: repeating every token leaves every output unchanged. Statistics are those of one image and one head,
+    never of the batch.
 
     Args:
         q, k, v: ``(B, heads, N, d)``, N at least 1: float64, float32, bfloat16 or float16; any strides.
@@ -159,7 +178,8 @@ def laplacian_attention(
         backend: see the module.
 
     Returns:
-        ``(B, heads, N, d)`` in the dtype of ``v``; kernels, solver and sums in float32 or wider. Memory is linear in N.
+        ``(B, heads, N, d)`` in the dtype of ``v``; kernels, solver and sums in float32 or wider. Memory is
+        linear in N.
 
     Raises:
         TypeError: dtypes or devices differ or are not supported.
@@ -172,7 +192,12 @@ def laplacian_attention(
             f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}: "
             "they have to be (B, heads, N, d), all three the same, with N at least 1."
         )
-    if landmarks.ndim != 4 or landmarks.shape[:2] != q.shape[:2] or landmarks.shape[3] != q.shape[3] or landmarks.shape[2] == 0:
+    if (
+        landmarks.ndim != 4
+        or landmarks.shape[:2] != q.shape[:2]
+        or landmarks.shape[3] != q.shape[3]
+        or landmarks.shape[2] == 0
+    ):
         raise ValueError(
             f"landmarks have shape {tuple(landmarks.shape)} beside q of {tuple(q.shape)}: "
             "they have to be (B, heads, m, d) with the same B, heads and d, and m at least 1."
@@ -189,5 +214,16 @@ def laplacian_attention(
         return native.laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)
     # Whitening composes the kernel, the solver and matrix products, on either backend.
     return reference.laplacian_attention(
-        q, k, v, landmarks, scale, iters, eps, tau, delta, normalization, native.laplacian_kernel, native.newton_schulz_inverse
+        q,
+        k,
+        v,
+        landmarks,
+        scale,
+        iters,
+        eps,
+        tau,
+        delta,
+        normalization,
+        native.laplacian_kernel,
+        native.newton_schulz_inverse,
     )

@@ -24,7 +24,10 @@ def _choice(device: torch.device) -> str:
     obstacle = native.obstacle(device)
     if obstacle is None:
         return "native"
-    return f"{'an error, since native is asked for and' if requested == 'native' else 'reference, since'} {obstacle}"
+    return (
+        f"{'an error, since native is asked for and' if requested == 'native' else 'reference, since'}"
+        f" {obstacle}"
+    )
 
 
 def report() -> str:
@@ -40,13 +43,26 @@ def report() -> str:
         rows += [
             ("compiler", build["compiler"]),
             ("built against torch", f"{build['torch']}, serves {build['torch_target']} and newer"),
-            ("CUDA operators", f"{build['cuda']}, for {build['cuda_architectures']}" if build["cuda"] else "not built"),
-            ("instruction sets", f"{', '.join(build['instruction_sets_compiled'])} compiled; {build['instruction_set']} in use"),
+            (
+                "CUDA operators",
+                f"{build['cuda']}, for {build['cuda_architectures']}" if build["cuda"] else "not built",
+            ),
+            (
+                "instruction sets",
+                (
+                    f"{', '.join(build['instruction_sets_compiled'])} compiled; {build['instruction_set']}"
+                    " in use"
+                ),
+            ),
         ]
     else:
         rows.append(("native operators", "not built"))
     for device in _devices():
-        name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" and device.index is not None else ""
+        name = (
+            f" ({torch.cuda.get_device_name(device)})"
+            if device.type == "cuda" and device.index is not None
+            else ""
+        )
         rows += [(f"{function} on {device}{name}", _choice(device)) for function in FUNCTIONS]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -40,16 +40,26 @@ def resolve_arch(arch: str | Mapping[str, Sequence[int]]) -> dict[str, tuple[int
     wanted = set(ARCHS["tiny"])
     if not isinstance(arch, Mapping) or set(arch) != wanted:
         got = sorted(arch) if isinstance(arch, Mapping) else type(arch).__name__
-        raise ValueError(f"a custom arch is a dict with exactly the keys {sorted(wanted)}, and this one has {got}.")
+        raise ValueError(
+            f"a custom arch is a dict with exactly the keys {sorted(wanted)}, and this one has {got}."
+        )
     for key, values in arch.items():
-        if not isinstance(values, (tuple, list)) or len(values) != NUM_STAGES or not all(isinstance(n, int) and n >= 1 for n in values):
-            raise ValueError(f"arch[{key!r}] is {values!r}, and has to be {NUM_STAGES} positive integers, one per stage.")
+        if (
+            not isinstance(values, (tuple, list))
+            or len(values) != NUM_STAGES
+            or not all(isinstance(n, int) and n >= 1 for n in values)
+        ):
+            raise ValueError(
+                f"arch[{key!r}] is {values!r}, and has to be {NUM_STAGES} positive integers, one per stage."
+            )
     return {key: tuple(values) for key, values in arch.items()}
 
 
 def _resolve_grids(landmark_grid: Sequence[Any]) -> list[tuple[int, int]]:
     per_stage = isinstance(landmark_grid, (tuple, list)) and len(landmark_grid) == NUM_STAGES
-    return [landmark_grid_pair(grid) for grid in (landmark_grid if per_stage else [landmark_grid] * NUM_STAGES)]
+    return [
+        landmark_grid_pair(grid) for grid in (landmark_grid if per_stage else [landmark_grid] * NUM_STAGES)
+    ]
 
 
 def _check_probability(name: str, value: float) -> None:
@@ -61,32 +71,37 @@ def _check_probability(name: str, value: float) -> None:
 class LaplacianFormer(BaseModule):
     """A four-stage pyramid (strides 4, 8, 16, 32) with Laplacian linear attention.
 
-    "LaplacianFormer: Rethinking Linear Attention with Laplacian Kernel" (arXiv 2604.20368) in the PVTv2 shape. Cost and memory
-    are linear in the number of pixels. The type resolves by its bare name in mmdet, mmseg and mmpretrain configs.
+    "LaplacianFormer: Rethinking Linear Attention with Laplacian Kernel" (arXiv 2604.20368) in the PVTv2
+    shape. Cost and memory are linear in the number of pixels. The type resolves by its bare name in mmdet,
+    mmseg and mmpretrain configs.
 
     Args:
-        arch: ``"tiny"``, ``"small"``, ``"medium"``, ``"large"``, ``"huge"``, or a dict with ``embed_dims``, ``depths``,
-            ``num_heads`` and ``mlp_ratios``, four integers each. Depths above tiny are reconstructed from published counts.
+        arch: ``"tiny"``, ``"small"``, ``"medium"``, ``"large"``, ``"huge"``, or a dict with ``embed_dims``,
+            ``depths``, ``num_heads`` and ``mlp_ratios``, four integers each. Depths above tiny are
+            reconstructed from published counts.
         in_channels: channels of the image.
-        out_indices: the stages whose maps are returned, each 0 to 3, increasing. Stages after the last are not run and take no
-            gradient.
-        frozen_stages: -1 freezes nothing, 0 the first patch embedding, k in 1..4 the stages 1..k whole (no gradient, eval mode).
-        norm_eval: keep norm layers in eval mode. LayerNorm has no running statistics, so nothing changes in the outputs; the
-            argument is there for configs that set it for whichever backbone they have.
+        out_indices: the stages whose maps are returned, each 0 to 3, increasing. Stages after the last are
+            not run and take no gradient.
+        frozen_stages: -1 freezes nothing, 0 the first patch embedding, k in 1..4 the stages 1..k whole (no
+            gradient, eval mode).
+        norm_eval: keep norm layers in eval mode. LayerNorm has no running statistics, so nothing changes in
+            the outputs; the argument is there for configs that set it for whichever backbone they have.
         with_cp: recompute each block in the backward pass instead of keeping its activations.
         drop_rate: dropout after the attention's projection and in the feed-forward network.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         landmark_grid: rows and columns of landmarks, one pair or one pair per stage.
         kernel_scale: the Laplacian kernel's scale lambda.
         newton_iters: Newton-Schulz steps of the landmark inverse.
-        normalization: ``"mass"``, ``"whiten_keys"`` or ``"whiten_landmarks"``; see ``lf_dense.functional.laplacian_attention``.
+        normalization: ``"mass"``, ``"whiten_keys"`` or ``"whiten_landmarks"``; see
+            ``lf_dense.functional.laplacian_attention``.
         tau: the kernel mass at which a query's row is half its own and half the mean, in ``"mass"``.
         rotary: turn queries and keys by their place in the map.
         learn_kernel_scale: let every head learn a factor to ``kernel_scale``, from 1 on.
-        out_channels_last: return the maps as they lie in memory, channels-last, and save one copy of each. For necks and heads of
-            torch's own operators alone: mmcv's RoIAlign reads such maps as if they had the usual layout, without an error.
-        init_cfg: mmengine initialisation, ``dict(type="Pretrained", checkpoint=...)`` for example. None keeps the default:
-            truncated normal of 0.02 for linear layers, fan-out normal for convolutions.
+        out_channels_last: return the maps as they lie in memory, channels-last, and save one copy of each.
+            For necks and heads of torch's own operators alone: mmcv's RoIAlign reads such maps as if they had
+            the usual layout, without an error.
+        init_cfg: mmengine initialisation, ``dict(type="Pretrained", checkpoint=...)`` for example. None keeps
+            the default: truncated normal of 0.02 for linear layers, fan-out normal for convolutions.
 
     Input: float images ``(B, in_channels, H, W)`` with H and W at least 32, odd sizes included.
     Output: a tuple of maps ``(B, embed_dims[i], ceil(H / stride), ceil(W / stride))``.
@@ -120,10 +135,20 @@ class LaplacianFormer(BaseModule):
         super().__init__(init_cfg=init_cfg)
         settings = resolve_arch(arch)
         grids = _resolve_grids(landmark_grid)
-        if isinstance(out_indices, int) or not out_indices or sorted({*out_indices} & {*range(NUM_STAGES)}) != list(out_indices):
-            raise ValueError(f"out_indices is {out_indices!r}, and has to be increasing stage numbers from 0 to {NUM_STAGES - 1}.")
+        if (
+            isinstance(out_indices, int)
+            or not out_indices
+            or sorted({*out_indices} & {*range(NUM_STAGES)}) != list(out_indices)
+        ):
+            raise ValueError(
+                f"out_indices is {out_indices!r}, and has to be increasing stage numbers from 0 to"
+                f" {NUM_STAGES - 1}."
+            )
         if frozen_stages not in range(-1, NUM_STAGES + 1):
-            raise ValueError(f"frozen_stages is {frozen_stages!r}, and has to be from -1 (nothing) to {NUM_STAGES} (everything).")
+            raise ValueError(
+                f"frozen_stages is {frozen_stages!r}, and has to be from -1 (nothing) to {NUM_STAGES}"
+                " (everything)."
+            )
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(f"in_channels is {in_channels!r}, and has to be a positive integer.")
         _check_probability("drop_rate", drop_rate)
@@ -162,10 +187,14 @@ class LaplacianFormer(BaseModule):
             ]
             first = index == 0
             patch_embed = PatchEmbed(
-                in_channels if first else self.embed_dims[index - 1], dims, kernel_size=7 if first else 3, stride=4 if first else 2
+                in_channels if first else self.embed_dims[index - 1],
+                dims,
+                kernel_size=7 if first else 3,
+                stride=4 if first else 2,
             )
             self.stages.append(Stage(patch_embed, blocks, dims, with_cp))
-        # What no output depends on would stop a distributed run for want of gradients; it stays, so that weights fit.
+        # What no output depends on would stop a distributed run for want of gradients; it stays, so that
+        # weights fit.
         self.stages[self.out_indices[-1] + 1 :].requires_grad_(False)
         # At construction, not in init_weights: what a checkpoint does not cover then starts sensibly too.
         init_weights(self)
@@ -192,12 +221,18 @@ class LaplacianFormer(BaseModule):
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"the image batch has shape {tuple(x.shape)}, and has to be (B, {self.in_channels}, H, W).")
+            raise ValueError(
+                f"the image batch has shape {tuple(x.shape)}, and has to be (B, {self.in_channels}, H, W)."
+            )
         if not x.is_floating_point():
-            raise TypeError(f"the image batch is {x.dtype}: normalise it to floating point first (a data_preprocessor does that).")
+            raise TypeError(
+                f"the image batch is {x.dtype}: normalise it to floating point first (a data_preprocessor"
+                " does that)."
+            )
         if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
             raise ValueError(
-                f"the images are {x.shape[2]} x {x.shape[3]}, and have to be at least {MIN_SIZE} x {MIN_SIZE}: pad or enlarge them."
+                f"the images are {x.shape[2]} x {x.shape[3]}, and have to be at least {MIN_SIZE} x"
+                f" {MIN_SIZE}: pad or enlarge them."
             )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -218,8 +253,9 @@ class LaplacianFormer(BaseModule):
             prefix: what stands before this backbone's own names, ``"backbone."`` usually.
 
         Returns:
-            ``(layer_depth, num_layers)``: 0 for the first patch embedding, i + 1 for block i of the network, together with the
-            patch embedding before it and the norm after it, and ``num_layers - 1`` for whatever is not in the backbone.
+            ``(layer_depth, num_layers)``: 0 for the first patch embedding, i + 1 for block i of the network,
+            together with the patch embedding before it and the norm after it, and ``num_layers - 1`` for
+            whatever is not in the backbone.
 
         Raises:
             ValueError: the name has the prefix and is no parameter of this backbone.
@@ -229,7 +265,9 @@ class LaplacianFormer(BaseModule):
             return num_layers - 1, num_layers
         name = param_name[len(prefix) :]
         if name not in dict(self.named_parameters()):
-            raise ValueError(f"{param_name!r} is not a parameter of this LaplacianFormer under the prefix {prefix!r}.")
+            raise ValueError(
+                f"{param_name!r} is not a parameter of this LaplacianFormer under the prefix {prefix!r}."
+            )
         parts = name.split(".")
         stage = int(parts[1])
         first_layer = sum(self.depths[:stage]) + 1

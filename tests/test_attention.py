@@ -38,7 +38,10 @@ def test_rotation_keeps_the_norm(hw_shape):
 def test_inner_products_depend_on_the_offset_alone():
     height, width = 6, 9
     table = rotary_table((height, width), 16, CPU)
-    query, key = (rotate(torch.randn(16).expand(1, height * width, 1, 16), table).view(height, width, 16) for _ in range(2))
+    query, key = (
+        rotate(torch.randn(16).expand(1, height * width, 1, 16), table).view(height, width, 16)
+        for _ in range(2)
+    )
     for down, right in [(0, 0), (1, 0), (0, 1), (2, 3)]:
         products = (query[: height - down, : width - right] * key[down:, right:]).sum(-1)
         torch.testing.assert_close(products, products[:1, :1].expand_as(products), rtol=1e-4, atol=1e-5)
@@ -53,14 +56,21 @@ def test_positions_lie_in_the_unit_square_whatever_the_map():
             assert positions.abs().max() < 1
             # The first pair of each axis turns fastest: by 2 pi for every unit of position.
             along = turns[:, 0, 0] if axis == 0 else turns[0, :, 2]
-            torch.testing.assert_close(along, torch.polar(torch.ones_like(positions), 2 * math.pi * positions), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                along, torch.polar(torch.ones_like(positions), 2 * math.pi * positions), rtol=0, atol=1e-5
+            )
 
 
 def test_a_larger_map_interpolates():
     coarse = as_complex(rotary_table((4, 6), 16, CPU)).view(4, 6, 8)
     fine = as_complex(rotary_table((8, 12), 16, CPU)).view(4, 2, 6, 2, 8)
     # The angle of a cell is the mean of those of its four quarters, so its fourth power is their product.
-    torch.testing.assert_close(fine[:, 0, :, 0] * fine[:, 0, :, 1] * fine[:, 1, :, 0] * fine[:, 1, :, 1], coarse**4, rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        fine[:, 0, :, 0] * fine[:, 0, :, 1] * fine[:, 1, :, 0] * fine[:, 1, :, 1],
+        coarse**4,
+        rtol=0,
+        atol=2e-5,
+    )
 
 
 # Landmarks
@@ -96,10 +106,12 @@ def test_layer_pools_rotated_queries_and_passes_its_settings(monkeypatch):
 
     real = functional.laplacian_attention
     monkeypatch.setattr(functional, "laplacian_attention", spy)
-    layer = LaplacianAttention(16, 2, landmark_grid=(2, 2), kernel_scale=2.0, newton_iters=7, normalization="whiten_keys", tau=0.5)
+    layer = LaplacianAttention(
+        16, 2, landmark_grid=(2, 2), kernel_scale=2.0, newton_iters=7, normalization="whiten_keys", tau=0.5
+    )
     x = torch.randn(2, 16, 16)
     layer(x, (4, 4))
-    (q, k, v, landmarks, settings) = calls[0]
+    q, k, v, landmarks, settings = calls[0]
     table = rotary_table((4, 4), 8, CPU)
     torch.testing.assert_close(q, rotate(layer.q(x).unflatten(2, (2, 8)), table).transpose(1, 2))
     torch.testing.assert_close(k, rotate(layer.k(x).unflatten(2, (2, 8)), table).transpose(1, 2))
@@ -183,8 +195,20 @@ def test_tokens_and_maps_are_one_memory():
 class Copies(TorchDispatchMode):
     """Lists the operators that copy a whole activation, from the first convolution's output on."""
 
-    # What makes a contiguous, converted or rearranged copy arrives at the dispatcher under one of these names.
-    NAMES = ("clone", "_to_copy", "copy_", "copy", "contiguous", "_reshape_copy", "_to_dense", "cat", "stack", "index_select")
+    # What makes a contiguous, converted or rearranged copy arrives at the dispatcher under one of these
+    # names.
+    NAMES = (
+        "clone",
+        "_to_copy",
+        "copy_",
+        "copy",
+        "contiguous",
+        "_reshape_copy",
+        "_to_dense",
+        "cat",
+        "stack",
+        "index_select",
+    )
 
     def __init__(self, smallest, started):
         super().__init__()
@@ -202,7 +226,14 @@ class Copies(TorchDispatchMode):
 def gathers_heads(copy, batch):
     """The one copy of the reference: at several images and heads, torch.matmul gathers V as (B, heads, N, d). Native makes none."""
     name, shape = copy
-    return native.library_obstacle("cpu") and batch > 1 and name == "clone" and len(shape) == 4 and shape[0] == batch and shape[1] > 1
+    return (
+        native.library_obstacle("cpu")
+        and batch > 1
+        and name == "clone"
+        and len(shape) == 4
+        and shape[0] == batch
+        and shape[1] > 1
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -241,7 +272,9 @@ for name in ("mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain"):
 
 
 def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
+    )
 
 
 def test_attention_works_without_mmengine():
@@ -270,4 +303,6 @@ except AttributeError as error:
 def test_from_import_without_mmengine_says_what_is_missing():
     done = run_python(WITHOUT_MM + "from lf_dense import LaplacianFormer")
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith("ImportError: lf_dense.LaplacianFormer needs mmengine: pip install")
+    assert done.stderr.splitlines()[-1].startswith(
+        "ImportError: lf_dense.LaplacianFormer needs mmengine: pip install"
+    )

@@ -27,7 +27,9 @@ def test_packaged_names_resolve_in_every_framework():
 def test_a_missing_framework_is_named_with_its_command(monkeypatch, tmp_path):
     real = frameworks.find_spec
     monkeypatch.setattr(frameworks, "find_spec", lambda name: None if name == "mmseg" else real(name))
-    with pytest.raises(UsageError, match="needs mmseg, which is not installed: pip install onedl-mmsegmentation"):
+    with pytest.raises(
+        UsageError, match="needs mmseg, which is not installed: pip install onedl-mmsegmentation"
+    ):
         framework_of(Config({"default_scope": "mmseg"}))
     with pytest.raises(UsageError, match="pip install onedl-mmsegmentation"):
         load_config("mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py")
@@ -60,7 +62,10 @@ def test_the_table_covers_what_is_installed():
 
 def test_data_root_moves_every_path_below_it():
     pytest.importorskip("mmdet")
-    config = load_config(str(ROOT / "configs/retinanet_lf.py"), {"data_root": "/somewhere/coco", "train_dataloader.batch_size": 3})
+    config = load_config(
+        str(ROOT / "configs/retinanet_lf.py"),
+        {"data_root": "/somewhere/coco", "train_dataloader.batch_size": 3},
+    )
     assert config.train_dataloader.dataset.data_root == "/somewhere/coco/"
     assert config.test_dataloader.dataset.data_root == "/somewhere/coco/"
     assert config.val_evaluator.ann_file == "/somewhere/coco/annotations/instances_val2017.json"
@@ -70,7 +75,13 @@ def test_data_root_moves_every_path_below_it():
 
 
 def _two_roots(roots):
-    return Config({"train_dataloader": {"dataset": {"type": "Concat", "datasets": [{"data_root": root} for root in roots]}}})
+    return Config(
+        {
+            "train_dataloader": {
+                "dataset": {"type": "Concat", "datasets": [{"data_root": root} for root in roots]}
+            }
+        }
+    )
 
 
 def test_data_root_of_several_datasets_is_refused():
@@ -88,7 +99,11 @@ def test_missing_data_is_named_by_its_key(tmp_path):
             "train_evaluator": {"ann_file": str(tmp_path / "b.json")},
         }
     )
-    expected = ["train_dataloader.dataset.dataset.ann_file", "train_dataloader.dataset.dataset.data_prefix.img", "train_evaluator.ann_file"]
+    expected = [
+        "train_dataloader.dataset.dataset.ann_file",
+        "train_dataloader.dataset.dataset.data_prefix.img",
+        "train_evaluator.ann_file",
+    ]
     for key, missing in zip(expected, ("a.json", "images", "b.json")):
         with pytest.raises(UsageError, match=key):
             check_data(config, ("train",))

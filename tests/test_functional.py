@@ -15,7 +15,10 @@ def no_native(monkeypatch):
 
 
 def tensors(n=5, m=3, d=4, dtype=torch.float32):
-    return {name: torch.randn(1, 2, count, d).to(dtype) for name, count in {"q": n, "k": n, "v": n, "landmarks": m}.items()}
+    return {
+        name: torch.randn(1, 2, count, d).to(dtype)
+        for name, count in {"q": n, "k": n, "v": n, "landmarks": m}.items()
+    }
 
 
 def test_argument_over_block_over_environment_over_auto(monkeypatch):
@@ -41,7 +44,10 @@ def test_unknown_backend_says_where_it_came_from(monkeypatch):
     x = torch.randn(3, 2)
     with pytest.raises(ValueError, match=r"argument backend.*'cuda'.*auto, reference, native"):
         laplacian_kernel(x, x, backend="cuda")
-    with pytest.raises(ValueError, match=r"use_backend.*'cuda'.*auto, reference, native"), use_backend("cuda"):
+    with (
+        pytest.raises(ValueError, match=r"use_backend.*'cuda'.*auto, reference, native"),
+        use_backend("cuda"),
+    ):
         pass
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda")
     with pytest.raises(ValueError, match=r"LF_DENSE_BACKEND.*'cuda'.*auto, reference, native"):
@@ -68,15 +74,25 @@ def test_native_without_operators_is_an_error_with_the_reason(monkeypatch):
 
 @pytest.mark.usefixtures("no_native")
 def test_auto_without_operators_is_the_reference():
-    assert choose_backend("auto", CPU) == choose_backend("reference", CPU) == choose_backend(None, CPU) == "reference"
+    assert (
+        choose_backend("auto", CPU)
+        == choose_backend("reference", CPU)
+        == choose_backend(None, CPU)
+        == "reference"
+    )
     inputs = tensors()
-    assert torch.equal(laplacian_attention(**inputs, backend="auto"), laplacian_attention(**inputs, backend="reference"))
+    assert torch.equal(
+        laplacian_attention(**inputs, backend="auto"), laplacian_attention(**inputs, backend="reference")
+    )
 
 
 @pytest.mark.parametrize("scale", [0, 0.0, -4.0, float("nan"), float("inf")])
 def test_kernel_scale_out_of_range(scale):
     x = torch.randn(3, 2)
-    for call in (lambda: laplacian_kernel(x, x, scale), lambda: laplacian_attention(**tensors(), scale=scale)):
+    for call in (
+        lambda: laplacian_kernel(x, x, scale),
+        lambda: laplacian_attention(**tensors(), scale=scale),
+    ):
         with pytest.raises(ValueError, match=rf"kernel scale is {scale}.*positive"):
             call()
 
@@ -92,7 +108,10 @@ def test_kernel_scale_out_of_range(scale):
     ],
 )
 def test_solver_constants_out_of_range(argument, value, message):
-    for call in (lambda **c: newton_schulz_inverse(torch.ones(3, 3), **c), lambda **c: laplacian_attention(**tensors(), **c)):
+    for call in (
+        lambda **c: newton_schulz_inverse(torch.ones(3, 3), **c),
+        lambda **c: laplacian_attention(**tensors(), **c),
+    ):
         with pytest.raises(ValueError, match=message):
             call(**{argument: value})
 
@@ -155,7 +174,11 @@ def test_attention_without_tokens():
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 def test_dtypes_that_are_not_supported(dtype):
     x = torch.ones(3, 3, dtype=dtype)
-    calls = (lambda: laplacian_kernel(x, x), lambda: newton_schulz_inverse(x), lambda: laplacian_attention(**tensors(dtype=dtype)))
+    calls = (
+        lambda: laplacian_kernel(x, x),
+        lambda: newton_schulz_inverse(x),
+        lambda: laplacian_attention(**tensors(dtype=dtype)),
+    )
     for name, call in zip(("x", "w", "q"), calls):
         with pytest.raises(TypeError, match=rf"{name} is {dtype}.*torch\.float32"):
             call()
@@ -165,7 +188,9 @@ def test_dtypes_that_are_not_supported(dtype):
 def test_dtypes_that_differ(name):
     inputs = tensors()
     inputs[name] = inputs[name].double()
-    with pytest.raises(TypeError, match=rf"{name} is torch\.float64 on cpu and q is torch\.float32 on cpu.*one dtype"):
+    with pytest.raises(
+        TypeError, match=rf"{name} is torch\.float64 on cpu and q is torch\.float32 on cpu.*one dtype"
+    ):
         laplacian_attention(**inputs)
 
 

@@ -2,8 +2,8 @@
 
     python tools/ablate.py --data imagenette2_128.tar.gz --form cpu --out work_dirs/ablation
 
-Trains every variant with every seed, a file for each run, and writes a table and curves. Interrupted, the same command goes on with
-what is missing. Needs torch, Pillow and, for the picture, matplotlib.
+Trains every variant with every seed, a file for each run, and writes a table and curves. Interrupted, the
+same command goes on with what is missing. Needs torch, Pillow and, for the picture, matplotlib.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
 from lf_dense import LaplacianAttention
-from lf_dense.ablation.attentions import ExactLaplacianAttention, GaussianAttention, SoftmaxAttention, SpatialReductionAttention
+from lf_dense.ablation.attentions import (
+    ExactLaplacianAttention,
+    GaussianAttention,
+    SoftmaxAttention,
+    SpatialReductionAttention,
+)
 from lf_dense.blocks import Block, PatchEmbed, Stage, init_weights
 from lf_dense.errors import UsageError
 from lf_dense.files import write_atomically
@@ -70,7 +75,9 @@ class Variant(NamedTuple):
     make: Callable[[int, int], nn.Module]
 
 
-def _variant(title: str, attention: type[LaplacianAttention] = LaplacianAttention, **settings: Any) -> Variant:
+def _variant(
+    title: str, attention: type[LaplacianAttention] = LaplacianAttention, **settings: Any
+) -> Variant:
     return Variant(title, lambda dims, stage: attention(dims, dims // 64, **settings))
 
 
@@ -86,10 +93,13 @@ VARIANTS = {
     "learned_scale": _variant("a learned kernel scale per head", learn_kernel_scale=True),
     "exact": _variant("exact N x N Laplacian smoother", ExactLaplacianAttention),
     "gaussian": _variant("Gaussian kernel (SOFT's), the same Nystroem form", GaussianAttention),
-    "gaussian_learned_scale": _variant("Gaussian kernel, a learned scale per head", GaussianAttention, learn_kernel_scale=True),
+    "gaussian_learned_scale": _variant(
+        "Gaussian kernel, a learned scale per head", GaussianAttention, learn_kernel_scale=True
+    ),
     "softmax": _variant("full softmax", SoftmaxAttention),
     "spatial_reduction": Variant(
-        "PVTv2's spatial-reduction softmax", lambda dims, stage: SpatialReductionAttention(dims, dims // 64, REDUCTIONS[stage])
+        "PVTv2's spatial-reduction softmax",
+        lambda dims, stage: SpatialReductionAttention(dims, dims // 64, REDUCTIONS[stage]),
     ),
 }
 
@@ -114,7 +124,9 @@ class Images(NamedTuple):
     labels: Tensor
 
 
-def read_images(archive: Path, size: int, limits: dict[str, int | None]) -> tuple[dict[str, Images], list[str]]:
+def read_images(
+    archive: Path, size: int, limits: dict[str, int | None]
+) -> tuple[dict[str, Images], list[str]]:
     """The train and val folders of an ImageFolder archive, decoded once and resized to ``size`` x ``size``; and the classes.
 
     A limit takes images evenly spaced over a split, so that every class is there.
@@ -123,7 +135,10 @@ def read_images(archive: Path, size: int, limits: dict[str, int | None]) -> tupl
         UsageError: the archive is missing, cannot be read, or holds no such folders.
     """
     if not archive.is_file():
-        raise UsageError(f"the images {archive} are not there: give a tar of train/<class>/*.JPEG and val/<class>/*.JPEG with --data.")
+        raise UsageError(
+            f"the images {archive} are not there: give a tar of train/<class>/*.JPEG and val/<class>/*.JPEG"
+            " with --data."
+        )
     found: dict[str, list[tuple[str, bytes]]] = {split: [] for split in limits}
     try:
         with tarfile.open(archive) as tar:
@@ -145,8 +160,14 @@ def read_images(archive: Path, size: int, limits: dict[str, int | None]) -> tupl
         for index, (_, content) in enumerate(files):
             with Image.open(io.BytesIO(content)) as image:
                 small = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-            pixels[index] = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
-        splits[split] = Images(pixels, torch.tensor([classes.index(name.partition("/")[0]) for name, _ in files]))
+            pixels[index] = (
+                torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+                .view(size, size, 3)
+                .permute(2, 0, 1)
+            )
+        splits[split] = Images(
+            pixels, torch.tensor([classes.index(name.partition("/")[0]) for name, _ in files])
+        )
     return splits, classes
 
 
@@ -180,21 +201,33 @@ def accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> float:
     return 100 * right / len(images.labels)
 
 
-def train(name: str, seed: int, recipe: Recipe, splits: dict[str, Images], device: torch.device) -> dict[str, Any]:
+def train(
+    name: str, seed: int, recipe: Recipe, splits: dict[str, Images], device: torch.device
+) -> dict[str, Any]:
     """Train one variant from one seed; the seed decides the initial weights, the order of the images and their augmentation."""
     started = time.perf_counter()
     torch.manual_seed(seed)
     train_set, val_set = (Images(*(x.to(device) for x in splits[split])) for split in ("train", "val"))
-    model = build_model(VARIANTS[name], recipe, int(train_set.labels.max()) + 1).to(device, memory_format=torch.channels_last)
+    model = build_model(VARIANTS[name], recipe, int(train_set.labels.max()) + 1).to(
+        device, memory_format=torch.channels_last
+    )
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
     steps_per_epoch = len(train_set.labels) // recipe.batch_size
     total = steps_per_epoch * recipe.epochs
     warm = max(1, int(recipe.warmup * total))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+        optimizer,
+        lambda step: (
+            (step + 1) / warm
+            if step < warm
+            else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+        ),
     )
     generator = torch.Generator().manual_seed(seed)
     curve = []
@@ -205,7 +238,9 @@ def train(name: str, seed: int, recipe: Recipe, splits: dict[str, Images], devic
             images = augment(normalise(train_set.pixels[batch]), recipe.smallest_crop, generator)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = model(images)
-            loss = F.cross_entropy(logits.float(), train_set.labels[batch], label_smoothing=recipe.label_smoothing)
+            loss = F.cross_entropy(
+                logits.float(), train_set.labels[batch], label_smoothing=recipe.label_smoothing
+            )
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -214,7 +249,9 @@ def train(name: str, seed: int, recipe: Recipe, splits: dict[str, Images], devic
             losses.append(loss.detach())
         # Every fourth image is enough for a curve; the figure that counts is of all.
         shown = val_set if epoch == recipe.epochs else Images(*(x[::4] for x in val_set))
-        curve.append({"epoch": epoch, "loss": torch.stack(losses).mean().item(), "top1": accuracy(model, shown)})
+        curve.append(
+            {"epoch": epoch, "loss": torch.stack(losses).mean().item(), "top1": accuracy(model, shown)}
+        )
         if not math.isfinite(curve[-1]["loss"]):
             raise RuntimeError(f"the loss of {name}, seed {seed}, is {curve[-1]['loss']} in epoch {epoch}.")
     return {
@@ -225,9 +262,11 @@ def train(name: str, seed: int, recipe: Recipe, splits: dict[str, Images], devic
         "curve": curve,
         "top1": curve[-1]["top1"],
         "seconds": time.perf_counter() - started,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.processor() or platform.machine()}, 1 thread",
+        "device": (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{platform.processor() or platform.machine()}, 1 thread"
+        ),
         "torch": torch.__version__,
     }
 
@@ -266,7 +305,11 @@ def read_runs(out: Path, names: list[str], recipe: Recipe) -> dict[str, dict[int
 
 def spread(values: list[float]) -> str:
     """Mean and standard deviation."""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+    return (
+        f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+        if len(values) > 1
+        else f"{values[0]:.1f}"
+    )
 
 
 def make_table(runs: dict[str, dict[int, dict]]) -> str:
@@ -282,9 +325,9 @@ def make_table(runs: dict[str, dict[int, dict]]) -> str:
         gaps = [seeds[seed]["top1"] - done[BASELINE][seed]["top1"] for seed in both]
         top1 = [run["top1"] for run in seeds.values()]
         lines.append(
-            f"| {VARIANTS[name].title} | {spread(top1)} | {', '.join(f'{value:.1f}' for value in top1)} | "
-            f"{'' if name == BASELINE or not gaps else f'{statistics.mean(gaps):+.1f} ({min(gaps):+.1f} to {max(gaps):+.1f})'} | "
-            f"{next(iter(seeds.values()))['params']:,} |"
+            f"| {VARIANTS[name].title} | {spread(top1)} | {', '.join(f'{value:.1f}' for value in top1)} |"
+            f" {'' if name == BASELINE or not gaps else f'{statistics.mean(gaps):+.1f} ({min(gaps):+.1f} to {max(gaps):+.1f})'}"
+            f" | {next(iter(seeds.values()))['params']:,} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -303,7 +346,12 @@ def plot(runs: dict[str, dict[int, dict]], out: Path) -> None:
     for name, axis in zip(panels, axes):
         for shown, color in ((BASELINE, "0.6"), (name, "tab:blue")):
             for run in done.get(shown, {}).values():
-                axis.plot([p["epoch"] for p in run["curve"]], [p["top1"] for p in run["curve"]], color=color, linewidth=1.2)
+                axis.plot(
+                    [p["epoch"] for p in run["curve"]],
+                    [p["top1"] for p in run["curve"]],
+                    color=color,
+                    linewidth=1.2,
+                )
         axis.set_title(name, fontsize=9)
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -317,13 +365,28 @@ def plot(runs: dict[str, dict[int, dict]], out: Path) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="tar of train/<class>/* and val/<class>/* images")
-    parser.add_argument("--form", choices=FORMS, default="cpu", help="cpu: an hour on 2 cores; gpu: 25 minutes on one GPU")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="tar of train/<class>/* and val/<class>/* images"
+    )
+    parser.add_argument(
+        "--form", choices=FORMS, default="cpu", help="cpu: an hour on 2 cores; gpu: 25 minutes on one GPU"
+    )
     parser.add_argument("--out", type=Path, default=Path("work_dirs/ablation"), help="folder of results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT", help=", ".join(VARIANTS))
-    parser.add_argument("--workers", type=int, help="processes at once (default: the cores of a CPU, 1 on a GPU)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="VARIANT",
+        help=", ".join(VARIANTS),
+    )
+    parser.add_argument(
+        "--workers", type=int, help="processes at once (default: the cores of a CPU, 1 on a GPU)"
+    )
     parser.add_argument("--epochs", type=int, help="another length than the form's")
     parser.add_argument("--train-images", type=int, help="use so many training images")
     parser.add_argument("--val-images", type=int, help="use so many validation images")
@@ -331,12 +394,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def ablate(args: argparse.Namespace) -> None:
-    changes = {key: getattr(args, key) for key in ("epochs", "train_images", "val_images") if getattr(args, key) is not None}
+    changes = {
+        key: getattr(args, key)
+        for key in ("epochs", "train_images", "val_images")
+        if getattr(args, key) is not None
+    }
     if any(value < 1 for value in changes.values()) or (args.workers is not None and args.workers < 1):
         raise UsageError("--epochs, --train-images, --val-images and --workers have to be at least 1.")
     recipe = FORMS[args.form]._replace(**changes)
     if recipe.train_images is not None and recipe.train_images < recipe.batch_size:
-        raise UsageError(f"--train-images is {recipe.train_images}, less than one batch of {recipe.batch_size}.")
+        raise UsageError(
+            f"--train-images is {recipe.train_images}, less than one batch of {recipe.batch_size}."
+        )
     if args.form == "gpu" and not torch.cuda.is_available():
         raise UsageError("--form gpu needs a GPU that torch sees: use --form cpu here.")
     names = list(dict.fromkeys(args.only))
@@ -347,7 +416,8 @@ def ablate(args: argparse.Namespace) -> None:
         limits = {"train": recipe.train_images, "val": recipe.val_images}
         splits, classes = read_images(args.data, recipe.image_size, limits)
         print(
-            f"{len(missing)} runs; {len(splits['train'].labels)} images of {len(classes)} classes, {len(splits['val'].labels)} to validate"
+            f"{len(missing)} runs; {len(splits['train'].labels)} images of {len(classes)} classes,"
+            f" {len(splits['val'].labels)} to validate"
         )
         for images in splits.values():
             for tensor in images:
@@ -364,7 +434,10 @@ def ablate(args: argparse.Namespace) -> None:
     write_atomically(args.out / "table.md", table.encode())
     plot(runs, args.out / "curves.png")
     seconds = sum(run["seconds"] for seeds in runs.values() for run in seeds.values())
-    print(f"\n{table}\n{seconds / 60:.0f} minutes of training in all; written: {args.out / 'table.md'}, {args.out / 'curves.png'}")
+    print(
+        f"\n{table}\n{seconds / 60:.0f} minutes of training in all; written: {args.out / 'table.md'},"
+        f" {args.out / 'curves.png'}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """Time and peak memory of every operator at the backbone's shapes, against the reference and other attentions, in one run.
 
-All contenders of a case take turns, so that a machine that slows down slows all of them, and medians count. What computes the
-same thing is first compared with the reference in float64; a contender that is wrong is not timed, and the exit code is 1.
+All contenders of a case take turns, so that a machine that slows down slows all of them, and medians count.
+What computes the same thing is first compared with the reference in float64; a contender that is wrong is not
+timed, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from lf_dense.errors import UsageError
 STRIDES = (4, 8, 16, 32)
 WIDTHS = (64, 128, 320, 512)
 HEADS = (1, 2, 5, 8)
-# PVTv2's: by how much each side of the map shrinks before it gives keys and values; the linear variant's map is 7 x 7.
+# PVTv2's: by how much each side of the map shrinks before it gives keys and values; the linear variant's map
+# is 7 x 7.
 REDUCTIONS = (8, 4, 2, 1)
 LINEAR_GRID = (7, 7)
 
@@ -130,7 +132,9 @@ class WrongResult(Exception):
 def build_cases(args: argparse.Namespace) -> Iterator[Case]:
     """Every case of the options; a grid that a map is too small for is clipped as the backbone clips it, and made once."""
     seen = set()
-    for op, size, stage, landmarks, direction in itertools.product(args.ops, args.sizes, args.stages, args.landmarks, args.passes):
+    for op, size, stage, landmarks, direction in itertools.product(
+        args.ops, args.sizes, args.stages, args.landmarks, args.passes
+    ):
         map_shape = tuple(-(-side // STRIDES[stage - 1]) for side in size)
         grid = tuple(min(math.isqrt(landmarks), side) for side in map_shape)
         shown, key = size, (op, direction, size, stage, grid)
@@ -167,14 +171,18 @@ def build_problem(case: Case, dtype: torch.dtype, device: torch.device) -> Probl
     return Problem(tuple(leaf(x) for x in inputs), grad.to(device, dtype), case)
 
 
-def _pool_tokens(x: Tensor, map_shape: tuple[int, int], grid: tuple[int, int] | None = None, ratio: int = 1) -> Tensor:
+def _pool_tokens(
+    x: Tensor, map_shape: tuple[int, int], grid: tuple[int, int] | None = None, ratio: int = 1
+) -> Tensor:
     """Average ``(B, N, heads, d)`` over a fixed grid, or over cells of ``ratio`` by ``ratio``."""
     as_map = x.flatten(2).unflatten(1, map_shape).permute(0, 3, 1, 2)
     pooled = F.avg_pool2d(as_map, ratio) if grid is None else F.adaptive_avg_pool2d(as_map, grid)
     return pooled.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, x.shape[2:])
 
 
-def reduced_attention(q: Tensor, k: Tensor, v: Tensor, map_shape: tuple[int, int], **pooling: object) -> Tensor:
+def reduced_attention(
+    q: Tensor, k: Tensor, v: Tensor, map_shape: tuple[int, int], **pooling: object
+) -> Tensor:
     """Softmax attention to keys and values averaged over the map: the core of PVTv2's spatial-reduction attention."""
     k, v = (_pool_tokens(x.transpose(1, 2), map_shape, **pooling).transpose(1, 2) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v)
@@ -203,7 +211,9 @@ def softmax_macs(case: Case, name: str) -> float:
     return float(products * case.batch * case.heads * case.tokens * keys[name] * case.head_dims)
 
 
-def bind(function: Callable[..., Tensor], problem: Problem, count: int | None = None) -> Callable[[], list[Tensor]]:
+def bind(
+    function: Callable[..., Tensor], problem: Problem, count: int | None = None
+) -> Callable[[], list[Tensor]]:
     """A call without arguments that returns the output, and the gradients of the inputs where the case asks for them."""
     inputs = problem.inputs[:count]
 
@@ -231,8 +241,8 @@ def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
 def build_yardstick(problem: Problem) -> Yardstick | None:
     """The reference in float64, or in float32 where that is too large; tolerance: twice the reference's own error, and rounding.
 
-    Without a float64 comparison the reference's own error is unknown, and 1e-3 stands in for it. None where memory is too small for
-    the reference.
+    Without a float64 comparison the reference's own error is unknown, and 1e-3 stands in for it. None where
+    memory is too small for the reference.
     """
     case = problem.case
     dtype = problem.inputs[0].dtype
@@ -252,8 +262,9 @@ def build_yardstick(problem: Problem) -> Yardstick | None:
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that a call needs beyond what is allocated before it, its results included, at the worst moment.
 
-    On CUDA the caching allocator keeps the count. On the CPU it is the running sum of what PyTorch's allocator hands out and takes
-    back, as the profiler records it; scratch memory that a library allocates by itself is not in it.
+    On CUDA the caching allocator keeps the count. On the CPU it is the running sum of what PyTorch's
+    allocator hands out and takes back, as the profiler records it; scratch memory that a library allocates by
+    itself is not in it.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -325,16 +336,24 @@ class Contender:
             self.obstacle, self.is_wrong = f"wrong: {error}", True
         except Exception as error:  # whatever a compiler or an operator raises belongs in the table
             text = str(error).strip()
-            is_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text
+            is_memory = (
+                isinstance(error, torch.OutOfMemoryError)
+                or "can't allocate memory" in text
+                or "not enough memory" in text
+            )
             # A compiler's message starts with which backend raised, and ends with advice on verbosity.
-            lines = [line.strip() for line in text.split("Set TORCHDYNAMO_VERBOSE")[0].splitlines() if line.strip()]
+            lines = [
+                line.strip() for line in text.split("Set TORCHDYNAMO_VERBOSE")[0].splitlines() if line.strip()
+            ]
             reason = " ".join(lines[:2]) or type(error).__name__
             self.obstacle = "out of memory" if is_memory else f"failed: {reason[:160].replace('|', '/')}"
             self.is_wrong = self.name in ("native", "reference") and not is_memory
         if self.obstacle is not None:
             self.call = None
 
-    def prepare(self, problem: Problem, yardstick: Yardstick | None, max_macs: float, compile_seconds: float) -> None:
+    def prepare(
+        self, problem: Problem, yardstick: Yardstick | None, max_macs: float, compile_seconds: float
+    ) -> None:
         """Build the call, compare its results, count its memory, and estimate its time."""
         case = problem.case
         if self.name == "floor":
@@ -349,7 +368,8 @@ class Contender:
         else:
             function = operator(case, self.name)
             if self.name == "compile":
-                # A fresh start each time: after a number of shapes the compiler would fall back to eager mode and not say so.
+                # A fresh start each time: after a number of shapes the compiler would fall back to eager mode
+                # and not say so.
                 torch.compiler.reset()
                 function = torch.compile(function, dynamic=False)
             self.call = bind(function, problem)
@@ -416,7 +436,9 @@ def _captured(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def measure(case: Case, names: list[str], args: argparse.Namespace) -> tuple[dict[str, Contender], Yardstick | None]:
+def measure(
+    case: Case, names: list[str], args: argparse.Namespace
+) -> tuple[dict[str, Contender], Yardstick | None]:
     """Prepare a case's contenders, then let them take turns until each has had its repeats, or its share of the time."""
     contenders = {name: Contender(name, args.device) for name in names}
     try:
@@ -428,9 +450,16 @@ def measure(case: Case, names: list[str], args: argparse.Namespace) -> tuple[dic
     yardstick = build_yardstick(problem)
     max_macs = args.max_macs or MAX_MACS[args.device.type]
     for contender in contenders.values():
-        contender.attempt(lambda contender=contender: contender.prepare(problem, yardstick, max_macs, args.max_compile_seconds))
+        contender.attempt(
+            lambda contender=contender: contender.prepare(
+                problem, yardstick, max_macs, args.max_compile_seconds
+            )
+        )
     running = [contender for contender in contenders.values() if contender.obstacle is None]
-    use_graph = args.device.type == "cuda" and min((contender.estimate for contender in running), default=math.inf) < GRAPH_BELOW_SECONDS
+    use_graph = (
+        args.device.type == "cuda"
+        and min((contender.estimate for contender in running), default=math.inf) < GRAPH_BELOW_SECONDS
+    )
     for contender in running:
         contender.attempt(lambda contender=contender: contender.choose_timing(use_graph))
     share = args.max_seconds / max(1, len(running))
@@ -438,7 +467,11 @@ def measure(case: Case, names: list[str], args: argparse.Namespace) -> tuple[dic
     for turn in range(args.repeats):
         for contender in running:
             if contender.obstacle is None and (turn < MIN_SAMPLES or spent[contender.name] < share):
-                contender.attempt(lambda contender=contender: spent.update({contender.name: spent[contender.name] + contender.take_turn()}))
+                contender.attempt(
+                    lambda contender=contender: spent.update(
+                        {contender.name: spent[contender.name] + contender.take_turn()}
+                    )
+                )
     for contender in contenders.values():
         contender.call = None
     if args.device.type == "cuda":
@@ -474,9 +507,15 @@ def records(case: Case, contenders: dict[str, Contender], yardstick: Yardstick |
                 "calls_per_sample": contender.calls,
                 "timing": contender.timing,
                 "ratio_to_native": median and native_median and median / native_median,
-                "ratio_to_floor": median / floor_median if name == "native" and median and floor_median else None,
+                "ratio_to_floor": median / floor_median
+                if name == "native" and median and floor_median
+                else None,
                 "peak_bytes": contender.peak_bytes,
-                "max_relative_error": contender.error if contender.error is not None and math.isfinite(contender.error) else None,
+                "max_relative_error": (
+                    contender.error
+                    if contender.error is not None and math.isfinite(contender.error)
+                    else None
+                ),
                 "tolerance": yardstick.tolerance if checked else None,
                 "checked_against": yardstick.dtype if checked else None,
                 "compile_seconds": contender.compile_seconds,
@@ -527,7 +566,9 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
+        )
         if found:
             return found.group(1)
     return platform.processor() or platform.machine()
@@ -556,7 +597,11 @@ def describe(args: argparse.Namespace) -> dict:
         "torch": torch.__version__,
         "dtype": args.dtype,
         "batch_size": args.batch_size,
-        "native": {"used": obstacle is None, "obstacle": obstacle, "instruction_set": build["instruction_set"]},
+        "native": {
+            "used": obstacle is None,
+            "obstacle": obstacle,
+            "instruction_set": build["instruction_set"],
+        },
     }
 
 
@@ -572,15 +617,23 @@ def print_heading(about: dict, on_cuda: bool, wants_native: bool) -> None:
         print(f"The native operators' columns are left out, since {about['native']['obstacle']}.")
     elif not on_cuda:
         print(f"Native operators with {about['native']['instruction_set']} instructions.")
-    print("Cells: median time of a call, its ratio to native's, peak memory beyond the inputs. Error: largest, relative to the reference.")
+    print(
+        "Cells: median time of a call, its ratio to native's, peak memory beyond the inputs. Error: largest,"
+        " relative to the reference."
+    )
     if on_cuda:
-        print("Timing: CUDA events around calls from Python, or around replays of a CUDA graph where the fastest contender is below 1 ms.")
+        print(
+            "Timing: CUDA events around calls from Python, or around replays of a CUDA graph where the"
+            " fastest contender is below 1 ms."
+        )
 
 
 def write_json(path: Path, about: dict, results: list[dict]) -> None:
     """Write all that there is, in one move: a run that is cut short leaves its finished cases."""
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps({**about, "results": results}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.write_text(
+        json.dumps({**about, "results": results}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
     unfinished.replace(path)
 
 
@@ -598,15 +651,31 @@ def bench(args: argparse.Namespace) -> list[str]:
         columns = [name for name in names if name in SAME_FUNCTION or op == "laplacian_attention"]
         if op == "laplacian_kernel" and with_floor:
             columns.insert(columns.index("native") + 1, "floor")
-        headings = ["size", "stage", "tokens", "landmarks", "pass", *columns, "error", *(["timing"] if on_cuda else [])]
+        headings = [
+            "size",
+            "stage",
+            "tokens",
+            "landmarks",
+            "pass",
+            *columns,
+            "error",
+            *(["timing"] if on_cuda else []),
+        ]
         print(f"\n### {op}\n\n| {' | '.join(headings)} |\n|{'---|' * len(headings)}", flush=True)
         for case in cases:
             taking_part = [name for name in columns if name != "floor" or case.direction == "forward"]
             contenders, yardstick = measure(case, taking_part, args)
             rows = records(case, contenders, yardstick)
             results += rows
-            where = f"at {'x'.join(map(str, case.size or ('any', 'size')))}, stage {case.stage}, {case.landmarks} landmarks"
-            wrong += [f"{name} {op} ({case.direction}) {where}: {c.obstacle}" for name, c in contenders.items() if c.is_wrong]
+            where = (
+                f"at {'x'.join(map(str, case.size or ('any', 'size')))}, stage {case.stage}, {case.landmarks}"
+                " landmarks"
+            )
+            wrong += [
+                f"{name} {op} ({case.direction}) {where}: {c.obstacle}"
+                for name, c in contenders.items()
+                if c.is_wrong
+            ]
             print(table_row(case, rows, columns, on_cuda), flush=True)
             if args.json:
                 write_json(args.json, about, results)
@@ -622,7 +691,9 @@ def image_size(text: str) -> tuple[int, int]:
 
 def square(text: str) -> int:
     if not text.isdecimal() or int(text) < 1 or math.isqrt(int(text)) ** 2 != int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not the number of landmarks of a square grid, like 49 or 196")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the number of landmarks of a square grid, like 49 or 196"
+        )
     return int(text)
 
 
@@ -647,7 +718,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options]")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N (default: %(default)s)"
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N (default: %(default)s)",
     )
     parser.add_argument(
         "--sizes",
@@ -657,12 +730,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="HxW",
         help="image sizes (default: 224x224 800x1333 2048x2048)",
     )
-    parser.add_argument("--stages", nargs="+", type=int, choices=range(1, 5), default=[1, 2, 3, 4], help="of the pyramid (default: all)")
     parser.add_argument(
-        "--landmarks", nargs="+", type=square, default=[49, 196], metavar="M", help="landmarks, on a square grid (default: 49 196)"
+        "--stages",
+        nargs="+",
+        type=int,
+        choices=range(1, 5),
+        default=[1, 2, 3, 4],
+        help="of the pyramid (default: all)",
+    )
+    parser.add_argument(
+        "--landmarks",
+        nargs="+",
+        type=square,
+        default=[49, 196],
+        metavar="M",
+        help="landmarks, on a square grid (default: 49 196)",
     )
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="operators (default: all)")
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="what is timed (default: both)")
+    parser.add_argument(
+        "--passes", nargs="+", choices=PASSES, default=list(PASSES), help="what is timed (default: both)"
+    )
     parser.add_argument(
         "--contenders",
         nargs="+",
@@ -670,29 +757,56 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=list(CONTENDERS),
         help="implementations; the last three are other attentions, on the same q, k and v (default: all)",
     )
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the inputs (default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--repeats", type=positive_int, default=50, metavar="N", help="turns of each contender (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32", help="of the inputs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=1, metavar="N", help="images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=positive_int,
+        default=50,
+        metavar="N",
+        help="turns of each contender (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-seconds",
         type=positive_float,
         default=10.0,
         metavar="S",
-        help=f"for the turns of one case, divided evenly; each contender has {MIN_SAMPLES} turns whatever they take (default: %(default)s)",
+        help=(
+            f"for the turns of one case, divided evenly; each contender has {MIN_SAMPLES} turns whatever they"
+            " take (default: %(default)s)"
+        ),
     )
     parser.add_argument(
         "--max-macs",
         type=positive_float,
         metavar="N",
-        help="multiply-adds above which a softmax attention is skipped "
-        f"(default: {', '.join(f'{macs:.0e} on {device}' for device, macs in MAX_MACS.items())})",
+        help=(
+            "multiply-adds above which a softmax attention is skipped "
+            f"(default: {', '.join(f'{macs:.0e} on {device}' for device, macs in MAX_MACS.items())})"
+        ),
     )
     parser.add_argument(
-        "--max-compile-seconds", type=positive_float, default=120.0, metavar="S", help="for compiling one case (default: %(default)s)"
+        "--max-compile-seconds",
+        type=positive_float,
+        default=120.0,
+        metavar="S",
+        help="for compiling one case (default: %(default)s)",
     )
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there too, after every case")
-    parser.add_argument("--quick", action="store_true", help="other defaults, that take seconds: one small size, two stages, no compile")
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the measurements there too, after every case"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="other defaults, that take seconds: one small size, two stages, no compile",
+    )
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
@@ -703,7 +817,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {args.device} cannot be measured: use cpu, cuda or cuda:N.")
     if args.device.type == "cuda" and (args.device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {args.device} is not there, since torch sees {torch.cuda.device_count()} CUDA devices: use cpu.")
+        raise UsageError(
+            f"--device {args.device} is not there, since torch sees {torch.cuda.device_count()} CUDA devices:"
+            " use cpu."
+        )
     if args.json and not args.json.absolute().parent.is_dir():
         raise UsageError(f"the folder of --json {args.json} does not exist: make it first.")
     return args

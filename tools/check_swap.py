@@ -1,8 +1,8 @@
 """Put a LaplacianFormer into every config that ships in the installed mm packages, build each, and run it.
 
-For every config: does it build on its own? If so, swap the backbone, build that, and run a loss and a prediction on a made-up sample.
-Configs that come to one and the same new model are run once. The table says swapped, refused (with the reason) or failed, and any failure
-ends in exit code 1.
+For every config: does it build on its own? If so, swap the backbone, build that, and run a loss and a
+prediction on a made-up sample. Configs that come to one and the same new model are run once. The table says
+swapped, refused (with the reason) or failed, and any failure ends in exit code 1.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from lf_dense.errors import UsageError
+from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.files import write_atomically
-from lf_dense.training.cli import run
 
 PACKAGES = ("mmdet", "mmseg", "mmpretrain")
 # Pixels: small first; models that select hundreds of tokens, or pool with large windows, need more of them.
@@ -125,7 +124,8 @@ class Worker:
         if not isinstance(config.get("model"), dict):
             return NO_MODEL, "", ""
         model = (
-            f"{type_name(config.model)}, {type_name(config.model.get('backbone') or (config.model.get('detector') or {}).get('backbone'))}"
+            f"{type_name(config.model)},"
+            f" {type_name(config.model.get('backbone') or (config.model.get('detector') or {}).get('backbone'))}"
         )
         key = repr((config.model, config.get("data_preprocessor")))
         try:
@@ -218,12 +218,18 @@ def run_model(model: Any, config: Any, mode: str, size: int, masks: bool) -> Non
 
     torch.manual_seed(0)
     # What a runner would keep there, and some heads ask for.
-    MessageHub.get_current_instance().update_info_dict({"iter": 0, "epoch": 0, "max_iters": 10, "max_epochs": 1})
+    MessageHub.get_current_instance().update_info_dict(
+        {"iter": 0, "epoch": 0, "max_iters": 10, "max_epochs": 1}
+    )
     training = mode == "loss"
     model.train(training)
     model.zero_grad()
     data = made_up_data(config, training, size, masks)
-    data = model.data_preprocessor(data, training) if "multi" not in data else model.data_preprocessor(data["multi"], training)
+    data = (
+        model.data_preprocessor(data, training)
+        if "multi" not in data
+        else model.data_preprocessor(data["multi"], training)
+    )
     with torch.set_grad_enabled(training):
         result = model(**data, mode=mode)
     if training:
@@ -231,7 +237,11 @@ def run_model(model: Any, config: Any, mode: str, size: int, masks: bool) -> Non
         if not torch.isfinite(total):
             raise ValueError(f"the loss is {total.item()}")
         total.backward()
-        backbone = model.backbone if hasattr(model, "backbone") else getattr(model, "detector", getattr(model, "student", None)).backbone
+        backbone = (
+            model.backbone
+            if hasattr(model, "backbone")
+            else getattr(model, "detector", getattr(model, "student", None)).backbone
+        )
         if not any(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.parameters()):
             raise ValueError("no gradient reaches the backbone")
 
@@ -272,11 +282,20 @@ def _segmentation_data(config: Any, training: bool, size: int) -> dict[str, Any]
 
     heads = config.model.decode_head
     head = heads[-1] if isinstance(heads, (list, tuple)) else heads
-    channels = len((config.model.get("data_preprocessor") or {}).get("mean") or [0] * config.model.backbone.get("in_channels", 3))
+    channels = len(
+        (config.model.get("data_preprocessor") or {}).get("mean")
+        or [0] * config.model.backbone.get("in_channels", 3)
+    )
     inputs, samples = [], []
     for _ in range(2 if training else 1):
         inputs.append(torch.randint(0, 256, (channels, size, size), dtype=torch.uint8))
-        meta = {"img_shape": (size, size), "ori_shape": (size, size), "pad_shape": (size, size), "scale_factor": 1.0, "flip": False}
+        meta = {
+            "img_shape": (size, size),
+            "ori_shape": (size, size),
+            "pad_shape": (size, size),
+            "scale_factor": 1.0,
+            "flip": False,
+        }
         sample = SegDataSample(metainfo=meta)
         labels = torch.randint(0, max(2, _classes(head)), (1, size, size))
         sample.gt_sem_seg = PixelData(data=labels)
@@ -308,7 +327,9 @@ def _instances(classes: int, size: int, with_masks: bool) -> Any:
     from mmengine.structures import InstanceData
 
     boxes = _boxes(4, size)
-    instances = InstanceData(bboxes=boxes, labels=torch.randint(0, classes, (len(boxes),)), instances_ids=torch.arange(len(boxes)))
+    instances = InstanceData(
+        bboxes=boxes, labels=torch.randint(0, classes, (len(boxes),)), instances_ids=torch.arange(len(boxes))
+    )
     if with_masks:
         masks = np.zeros((len(boxes), size, size), np.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist()):
@@ -348,7 +369,9 @@ def _detection_sample(config: Any, classes: int, size: int, with_masks: bool, fr
     stuff = torch.randint(0, min(classes, 255), (1, size // scale, size // scale), dtype=torch.uint8)
     sample.gt_sem_seg = PixelData(sem_seg=stuff)
     if type_name(config.model) == "FastRCNN":
-        sample.proposals = InstanceData(bboxes=_boxes(20, size), scores=torch.rand(20), labels=torch.zeros(20, dtype=torch.long))
+        sample.proposals = InstanceData(
+            bboxes=_boxes(20, size), scores=torch.rand(20), labels=torch.zeros(20, dtype=torch.long)
+        )
     return sample
 
 
@@ -368,7 +391,10 @@ def _detection_data(config: Any, training: bool, size: int, with_masks: bool) ->
 
     if preprocessor == "ReIDDataPreprocessor" or kind == "BaseReID":
         samples = [ReIDDataSample().set_gt_label(index % 2) for index in range(4)]
-        return {"inputs": [torch.randint(0, 256, (3, 256, 128), dtype=torch.uint8) for _ in range(4)], "data_samples": samples}
+        return {
+            "inputs": [torch.randint(0, 256, (3, 256, 128), dtype=torch.uint8) for _ in range(4)],
+            "data_samples": samples,
+        }
     if preprocessor == "TrackDataPreprocessor":
         frames = [_detection_sample(config, classes, size, with_masks, frame) for frame in range(2)]
         sample = TrackDataSample()
@@ -423,7 +449,11 @@ def check_all(
         # After a death nobody knows whose it was: those that were under way go on one at a time.
         batch, size = (remaining[: 2 * workers], 1) if careful else (remaining, workers)
         pool = ProcessPoolExecutor(
-            size, get_context("spawn"), _start, (arch, timeout, memory_gib), max_tasks_per_child=None if careful else 200
+            size,
+            get_context("spawn"),
+            _start,
+            (arch, timeout, memory_gib),
+            max_tasks_per_child=None if careful else 200,
         )
         try:
             waiting = iter(batch)
@@ -448,7 +478,8 @@ def check_all(
                         raise
                     line = results[item]
                     print(
-                        f"{len(results)}/{len(configs)} {line['package']}::{line['config']} {line['outcome']} {line['detail'][:120]}",
+                        f"{len(results)}/{len(configs)} {line['package']}::{line['config']} {line['outcome']}"
+                        f" {line['detail'][:120]}",
                         flush=True,
                     )
                     if log and len(results) % SAVE_EVERY == 0:
@@ -491,9 +522,10 @@ def summary(results: list[dict[str, str]]) -> tuple[str, bool]:
         buildable = counts[SWAPPED] + counts[BUILT] + counts[REFUSED] + counts[FAILED]
         share = counts[SWAPPED] / buildable if buildable else 0.0
         lines.append(
-            f"{package}: {counts.total()} configs, {counts[NO_MODEL]} without a model, {counts[NO_BASELINE]} that do not build on their "
-            f"own here; of the other {buildable}: {counts[SWAPPED]} swapped ({share:.1%}), {counts[BUILT]} swapped and built but not run, "
-            f"{counts[REFUSED]} refused, {counts[FAILED]} failed"
+            f"{package}: {counts.total()} configs, {counts[NO_MODEL]} without a model, {counts[NO_BASELINE]}"
+            f" that do not build on their own here; of the other {buildable}: {counts[SWAPPED]} swapped"
+            f" ({share:.1%}), {counts[BUILT]} swapped and built but not run, {counts[REFUSED]} refused,"
+            f" {counts[FAILED]} failed"
         )
         good = good and counts[FAILED] == 0
     return "\n".join(lines), good
@@ -510,9 +542,15 @@ def markdown(results: list[dict[str, str]], arch: str) -> str:
     text = [
         "# Every packaged config with a LaplacianFormer",
         "",
-        f"`python tools/check_swap.py --out docs/swapped_configs.md`, {time.strftime('%Y-%m-%d')}, {', '.join(versions)}, arch `{arch}`.",
-        "Swapped: the new config was written down, read again and built, and a loss (with its gradient down to the backbone) and a "
-        "prediction ran on a made-up sample. What a note names could not be run, in the original config neither.",
+        (
+            f"`python tools/check_swap.py --out docs/swapped_configs.md`, {time.strftime('%Y-%m-%d')},"
+            f" {', '.join(versions)}, arch `{arch}`."
+        ),
+        (
+            "Swapped: the new config was written down, read again and built, and a loss (with its gradient"
+            " down to the backbone) and a prediction ran on a made-up sample. What a note names could not be"
+            " run, in the original config neither."
+        ),
         "",
         *(f"- {line}" for line in summary(results)[0].splitlines()),
     ]
@@ -527,29 +565,72 @@ def markdown(results: list[dict[str, str]], arch: str) -> str:
     for outcome, title in titles.items():
         chosen = [line for line in results if line["outcome"] == outcome]
         if chosen:
-            text += ["", f"## {title} ({len(chosen)})", "", "| config | model, old backbone | |", "|---|---|---|"]
-            text += [f"| {line['package']}::{line['config']} | {line['model']} | {line['detail'].replace('|', '/')} |" for line in chosen]
+            text += [
+                "",
+                f"## {title} ({len(chosen)})",
+                "",
+                "| config | model, old backbone | |",
+                "|---|---|---|",
+            ]
+            text += [
+                f"| {line['package']}::{line['config']} | {line['model']} |"
+                f" {line['detail'].replace('|', '/')} |"
+                for line in chosen
+            ]
     return "\n".join(text) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", nargs="+", choices=PACKAGES, default=["mmdet", "mmseg"], help="whose configs (default: mmdet mmseg)")
-    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="configs whose path matches a shell pattern, retinanet/* for example")
-    parser.add_argument("--one-per-model", action="store_true", help="one config for every combination of model, neck and heads")
+    parser = tool_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--packages",
+        nargs="+",
+        choices=PACKAGES,
+        default=["mmdet", "mmseg"],
+        help="whose configs (default: mmdet mmseg)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="PATTERN",
+        help="configs whose path matches a shell pattern, retinanet/* for example",
+    )
+    parser.add_argument(
+        "--one-per-model",
+        action="store_true",
+        help="one config for every combination of model, neck and heads",
+    )
     parser.add_argument("--arch", default="tiny", help="preset to put in (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, one thread each (default: %(default)s)")
-    parser.add_argument("--memory-gib", type=float, default=16.0, help="address space of each process (default: %(default)s)")
-    parser.add_argument("--timeout", type=int, default=300, help="seconds for one config (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="processes, one thread each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-gib", type=float, default=16.0, help="address space of each process (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--timeout", type=int, default=300, help="seconds for one config (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the table there")
-    parser.add_argument("--json", type=Path, metavar="FILE.json", help="keep the results there; those in it already are not done again")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE.json",
+        help="keep the results there; those in it already are not done again",
+    )
     args = parser.parse_args()
     for package in args.packages:
         if importlib.util.find_spec(package) is None:
-            raise UsageError(f"{package} is not installed, so its configs cannot be checked: leave it out of --packages.")
+            raise UsageError(
+                f"{package} is not installed, so its configs cannot be checked: leave it out of --packages."
+            )
     configs = [(package, name) for package in args.packages for name in packaged_configs(package)]
     if args.only:
-        configs = [item for item in configs if any(fnmatch.fnmatch(item[1], pattern) for pattern in args.only)]
+        configs = [
+            item for item in configs if any(fnmatch.fnmatch(item[1], pattern) for pattern in args.only)
+        ]
     if args.one_per_model:
         configs = one_per_model(configs)
     if not configs:
@@ -565,4 +646,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

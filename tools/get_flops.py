@@ -6,17 +6,24 @@ import argparse
 
 from lf_dense import LaplacianFormer
 from lf_dense.benchmark.complexity import count
+from lf_dense.errors import run_tool, tool_parser
 from lf_dense.laplacianformer import ARCHS
 
 NUM_CLASSES = 1000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--arch", nargs="+", choices=list(ARCHS), default=list(ARCHS), help="presets to count")
-    parser.add_argument("--shape", nargs=2, type=int, default=[224, 224], metavar=("H", "W"), help="input size")
+    parser = tool_parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--arch", nargs="+", choices=list(ARCHS), default=list(ARCHS), help="presets to count"
+    )
+    parser.add_argument(
+        "--shape", nargs=2, type=int, default=[224, 224], metavar=("H", "W"), help="input size"
+    )
     args = parser.parse_args()
-    print("| arch | depths | params | FLOPs (convolutions and linear layers) | with the attention's own work |")
+    print(
+        "| arch | depths | params | FLOPs (convolutions and linear layers) | with the attention's own work |"
+    )
     print("|---|---|---|---|---|")
     for arch in args.arch:
         backbone = LaplacianFormer(arch)
@@ -24,8 +31,11 @@ def main() -> None:
         classifier = backbone.embed_dims[-1] * NUM_CLASSES
         params, macs = found.params + classifier + NUM_CLASSES, found.macs + classifier
         with_attention = macs + found.attention_macs
-        print(f"| {arch} | {backbone.depths} | {params / 1e6:.2f} M | {macs / 1e9:.2f} G | {with_attention / 1e9:.2f} G |")
+        print(
+            f"| {arch} | {backbone.depths} | {params / 1e6:.2f} M | {macs / 1e9:.2f} G |"
+            f" {with_attention / 1e9:.2f} G |"
+        )
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

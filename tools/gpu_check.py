@@ -1,8 +1,9 @@
 """Build the operators for this machine's GPU, test them on it, look for bad memory accesses and races, and measure them: one table.
 
-Needs nvcc, a CUDA build of torch and pytest, and nothing else: no virtual environment, no network, none of the mm packages. Every
-step has its share of the time; one that outruns it is ended, and the others still run. The exit code is 0 where every step passed, 1
-where one failed or ran out of time, and 2 where the machine cannot run the check.
+Needs nvcc, a CUDA build of torch and pytest, and nothing else: no virtual environment, no network, none of
+the mm packages. Every step has its share of the time; one that outruns it is ended, and the others still run.
+The exit code is 0 where every step passed, 1 where one failed or ran out of time, and 2 where the machine
+cannot run the check.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ PYTHON = sys.executable
 MIN_TORCH = (2, 11)
 MIN_CAPABILITY = (8, 0)
 # Those that exist are run; they need torch and pytest alone.
-TESTS = ("tests/backends/test_native.py", "tests/backends/test_mathematics.py", "tests/test_functional.py", "tests/test_attention.py")
+TESTS = (
+    "tests/backends/test_native.py",
+    "tests/backends/test_mathematics.py",
+    "tests/test_functional.py",
+    "tests/test_attention.py",
+)
 GRACE_SECONDS = 3
 TAIL_LINES = 20
 PASSED, FAILED, OUT_OF_TIME, LEFT_OUT = "passed", "FAILED", "OUT OF TIME", "left out"
@@ -99,9 +105,15 @@ def probe() -> dict:
     found = json.loads(done.stdout.splitlines()[-1])
     for package in ("torch", "pytest", "setuptools"):
         if not found[package]:
-            raise CannotCheck(f"gpu-check needs {package}, and {PYTHON} cannot import it: name another interpreter in PYTHON.")
+            raise CannotCheck(
+                f"gpu-check needs {package}, and {PYTHON} cannot import it: name another interpreter in"
+                " PYTHON."
+            )
     if tuple(int(part) for part in re.findall(r"\d+", found["torch"])[:2]) < MIN_TORCH:
-        raise CannotCheck(f"gpu-check needs torch {'.'.join(map(str, MIN_TORCH))} or newer, and {PYTHON} has {found['torch']}.")
+        raise CannotCheck(
+            f"gpu-check needs torch {'.'.join(map(str, MIN_TORCH))} or newer, and {PYTHON} has"
+            f" {found['torch']}."
+        )
     if not found.get("gpu"):
         build = f"a build for CUDA {found['cuda']}" if found["cuda"] else "a CPU-only build"
         raise CannotCheck(f"gpu-check needs a GPU, and torch {found['torch']} ({build}) sees none.")
@@ -132,10 +144,16 @@ def bench_detail(measurements: Path, output: str) -> str:
     results = json.loads(measurements.read_text())["results"] if measurements.exists() else []
     cases = {tuple(map(str, (row["op"], row["pass"], row["size"], row["stage"]))) for row in results}
     parts = [f"{len(cases)} case{'' if len(cases) == 1 else 's'}"]
-    ratios = [row["ratio_to_native"] for row in results if row["contender"] == "reference" and row["ratio_to_native"]]
+    ratios = [
+        row["ratio_to_native"]
+        for row in results
+        if row["contender"] == "reference" and row["ratio_to_native"]
+    ]
     if ratios:
         parts.append(f"reference at {min(ratios):.1f} to {max(ratios):.1f} x native's time")
-    failed = sorted({row["contender"] for row in results if (row["obstacle"] or "").startswith(("failed", "wrong"))})
+    failed = sorted(
+        {row["contender"] for row in results if (row["obstacle"] or "").startswith(("failed", "wrong"))}
+    )
     if failed:
         parts.append(f"failures of {', '.join(failed)}")
     return "; ".join(parts)
@@ -149,10 +167,21 @@ def build_detail(output: str) -> str:
 ALL_BUT_COMPILE = "--contenders native reference sdpa sra linear-sra"
 # Title, seconds, options of tools/bench_ops.py.
 BENCHMARKS = (
-    ("224x224", 25, f"--sizes 224x224 --ops laplacian_attention --passes forward --max-seconds 2 {ALL_BUT_COMPILE}"),
+    (
+        "224x224",
+        25,
+        f"--sizes 224x224 --ops laplacian_attention --passes forward --max-seconds 2 {ALL_BUT_COMPILE}",
+    ),
     ("800x1333 stage 1", 125, "--sizes 800x1333 --stages 1 --max-seconds 4 --max-compile-seconds 20"),
     # The quadratic attention's backward pass alone would take the whole step.
-    ("2048x2048 stage 1", 25, f"--sizes 2048x2048 --stages 1 --ops laplacian_attention --max-seconds 3 --max-macs 1e13 {ALL_BUT_COMPILE}"),
+    (
+        "2048x2048 stage 1",
+        25,
+        (
+            "--sizes 2048x2048 --stages 1 --ops laplacian_attention --max-seconds 3 --max-macs 1e13"
+            f" {ALL_BUT_COMPILE}"
+        ),
+    ),
 )
 
 
@@ -160,14 +189,42 @@ def plan(capability: str, out: Path) -> list[Step]:
     """Every step in order; together they stay below ten minutes."""
     tests = [name for name in TESTS if (ROOT / name).exists()]
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    build = {"LF_DENSE_FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability, "LF_DENSE_NO_NATIVE": "", "LF_DENSE_CXXFLAGS": ""}
+    build = {
+        "LF_DENSE_FORCE_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": capability,
+        "LF_DENSE_NO_NATIVE": "",
+        "LF_DENSE_CXXFLAGS": "",
+    }
     steps = [
-        Step("build", "build", [[PYTHON, "setup.py", "build_ext", "--inplace"], [PYTHON, "-c", PROOF]], 100, build_detail, build),
-        # Where there is a GPU, the emulation of the CUDA sources on the CPU has nothing to add, nor has the reference there.
-        Step("operator tests", "tests", [[*pytest, *tests, "-k", "not emulated-cpu and not reference-cpu"]], 160, pytest_detail, {}),
+        Step(
+            "build",
+            "build",
+            [[PYTHON, "setup.py", "build_ext", "--inplace"], [PYTHON, "-c", PROOF]],
+            100,
+            build_detail,
+            build,
+        ),
+        # Where there is a GPU, the emulation of the CUDA sources on the CPU has nothing to add, nor has the
+        # reference there.
+        Step(
+            "operator tests",
+            "tests",
+            [[*pytest, *tests, "-k", "not emulated-cpu and not reference-cpu"]],
+            160,
+            pytest_detail,
+            {},
+        ),
     ]
     # Kernels of the namespace lf alone. What torch asks of the driver and does not get is no error.
-    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--kernel-name", "kns=_ZN2lf"]
+    sanitizer = [
+        "compute-sanitizer",
+        "--error-exitcode",
+        "9",
+        "--report-api-errors",
+        "no",
+        "--kernel-name",
+        "kns=_ZN2lf",
+    ]
     selection = [*pytest, "tests/backends/test_native.py", "-k", "sanitizer_selection and native-cuda"]
     for tool in ("memcheck", "racecheck"):
         # Each tensor an allocation of its own, or a read beyond one would end in another.
@@ -177,8 +234,27 @@ def plan(capability: str, out: Path) -> list[Step]:
     for title, seconds, options in BENCHMARKS:
         name = f"bench_{title.replace(' ', '_')}"
         measurements = out / f"{name}.json"
-        command = [PYTHON, "tools/bench_ops.py", "--device", "cuda", "--landmarks", "49", "--json", str(measurements), *options.split()]
-        steps.append(Step(f"benchmark {title}", name, [command], seconds, functools.partial(bench_detail, measurements), {}))
+        command = [
+            PYTHON,
+            "tools/bench_ops.py",
+            "--device",
+            "cuda",
+            "--landmarks",
+            "49",
+            "--json",
+            str(measurements),
+            *options.split(),
+        ]
+        steps.append(
+            Step(
+                f"benchmark {title}",
+                name,
+                [command],
+                seconds,
+                functools.partial(bench_detail, measurements),
+                {},
+            )
+        )
     return steps
 
 
@@ -187,7 +263,9 @@ def run_command(command: list[str], log: Path, seconds: float, environment: dict
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", **environment}
     with log.open("ab") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
         try:
             return process.wait(timeout=max(seconds, 0))
         except subprocess.TimeoutExpired:
@@ -246,13 +324,20 @@ def run_steps(steps: list[Step], out: Path) -> list[Outcome]:
 
 def table(outcomes: list[Outcome]) -> str:
     lines = ["| step | result | seconds | detail |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {row.step} | {row.result} | {row.seconds:.0f} | {row.detail} |" for row in outcomes)])
+    return "\n".join(
+        [*lines, *(f"| {row.step} | {row.result} | {row.seconds:.0f} | {row.detail} |" for row in outcomes)]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "work_dirs" / "gpu_check", help="for the logs, the measurements and the table")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "work_dirs" / "gpu_check",
+        help="for the logs, the measurements and the table",
+    )
     args = parser.parse_args(argv)
     try:
         found = probe()

@@ -8,18 +8,20 @@ from collections import Counter
 from pathlib import Path
 
 from lf_dense import LaplacianFormer
-from lf_dense.errors import UsageError
+from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.laplacianformer import ARCHS
-from lf_dense.training.cli import add_trust_option, run
+from lf_dense.training.cli import add_trust_option
 from lf_dense.weights.pretrained import compare, find_backbone
 from lf_dense.weights.publishing import arch_of
 from lf_dense.weights.reading import HASHED_NAME, is_remote, read_checkpoint, tensors_of, trust_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(description=__doc__)
     parser.add_argument("checkpoint", help="path or address, .pth or .safetensors")
-    parser.add_argument("--arch", choices=ARCHS, help="list what a LaplacianFormer of this size would take from it")
+    parser.add_argument(
+        "--arch", choices=ARCHS, help="list what a LaplacianFormer of this size would take from it"
+    )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     add_trust_option(parser)
     return parser.parse_args()
@@ -41,11 +43,21 @@ def main() -> None:
         found = None
         say("backbone", f"none: {error}")
     else:
-        say("backbone", f"{found.form}, {sum(value.numel() for value in found.tensors.values()):,} numbers, arch {arch_of(found.tensors)}")
+        say(
+            "backbone",
+            f"{found.form}, {sum(value.numel() for value in found.tensors.values()):,} numbers, arch"
+            f" {arch_of(found.tensors)}",
+        )
     dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
-    say("tensors", f"{len(tensors)}, {sum(value.numel() for value in tensors.values()):,} numbers: {dict(dtypes)}")
+    say(
+        "tensors",
+        f"{len(tensors)}, {sum(value.numel() for value in tensors.values()):,} numbers: {dict(dtypes)}",
+    )
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
-    say("finite", "yes" if not broken else f"no: {len(broken)} tensors with NaN or infinity, {broken[0]} the first")
+    say(
+        "finite",
+        "yes" if not broken else f"no: {len(broken)} tensors with NaN or infinity, {broken[0]} the first",
+    )
     others = [key for key in checkpoint if key not in ("state_dict", "meta") and key not in tensors]
     say("beside them", ", ".join(others) or "nothing")
     meta = checkpoint.get("meta") if isinstance(checkpoint.get("meta"), dict) else {}
@@ -56,7 +68,16 @@ def main() -> None:
         named = HASHED_NAME.search(Path(args.checkpoint).name)
         say(
             "sha256",
-            digest + ("" if not named else ", as its name says" if digest.startswith(named[1]) else f", NOT {named[1]} as its name says"),
+            digest
+            + (
+                ""
+                if not named
+                else (
+                    ", as its name says"
+                    if digest.startswith(named[1])
+                    else f", NOT {named[1]} as its name says"
+                )
+            ),
         )
     if args.tensors:
         for name, value in tensors.items():
@@ -66,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

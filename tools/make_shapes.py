@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from lf_dense.training.cli import run
+from lf_dense.errors import run_tool, tool_parser
 from lf_dense.training.toy_shapes import make_shapes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = tool_parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="data/shapes", help="folder to write to")
     parser.add_argument("--train", type=int, default=400, help="training images")
     parser.add_argument("--val", type=int, default=80, help="held-out images")
@@ -20,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lf_dense.errors import UsageError
-from lf_dense.training.cli import run
+from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.training.curves import compare_losses, plot_curves
 
 
@@ -18,12 +17,20 @@ def parse_group(text: str) -> tuple[str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(description=__doc__)
     parser.add_argument("work_dir", nargs="?", help="work dir of a training run")
     parser.add_argument("--out", help="picture to write (default: WORK_DIR/curves.png)")
-    parser.add_argument("--metric", default="coco/bbox_mAP_50", help="validation metric, as the log names it (default: %(default)s)")
     parser.add_argument(
-        "--compare", type=parse_group, nargs="+", metavar="NAME=DIR,...", help="training losses of groups of runs, with each group's mean"
+        "--metric",
+        default="coco/bbox_mAP_50",
+        help="validation metric, as the log names it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compare",
+        type=parse_group,
+        nargs="+",
+        metavar="NAME=DIR,...",
+        help="training losses of groups of runs, with each group's mean",
     )
     args = parser.parse_args()
     if (args.work_dir is None) == (args.compare is None) or (args.compare and not args.out):
@@ -36,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

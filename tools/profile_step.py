@@ -1,6 +1,7 @@
 """A detector's whole training step, by the native operators and by the reference in turn: times, and whether the losses agree.
 
-The images and boxes are random, so no data set is needed; the model, its losses and its optimizer are the config's own.
+The images and boxes are random, so no data set is needed; the model, its losses and its optimizer are the
+config's own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mmengine.optim import build_optim_wrapper
 
 from lf_dense import use_backend
 from lf_dense.benchmark.timing import timed
-from lf_dense.errors import UsageError
+from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.frameworks import framework_of, load_config
 from lf_dense.training import cli
 
@@ -32,9 +33,11 @@ def random_batch(batch_size: int, shape: tuple[int, int], num_classes: int) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = tool_parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("config", nargs="?", default="configs/retinanet_lf.py", help="an mmdet config")
-    parser.add_argument("--shape", nargs=2, type=int, default=[800, 1333], metavar=("H", "W"), help="image size")
+    parser.add_argument(
+        "--shape", nargs=2, type=int, default=[800, 1333], metavar=("H", "W"), help="image size"
+    )
     parser.add_argument("--batch-size", type=int, default=1, help="images a step")
     parser.add_argument("--repeat", type=int, default=5, help="steps of each backend; the median counts")
     parser.add_argument("--device", default=get_device(), help="torch device")
@@ -43,7 +46,10 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config(args.config, args.cfg_options)
     if framework_of(config).scope != "mmdet":
-        raise UsageError(f"{args.config} is not a detector's config, and the random batch is one of boxes: give an mmdet config.")
+        raise UsageError(
+            f"{args.config} is not a detector's config, and the random batch is one of boxes: give an mmdet"
+            " config."
+        )
     if min(args.batch_size, args.repeat, *args.shape) < 1:
         raise UsageError("--batch-size, --repeat and --shape have to be at least 1.")
 
@@ -51,7 +57,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     first = MODELS.build(config.model).to(args.device).train()
-    # Two models with the same weights, each stepped by one backend: from the second step on they part by rounding.
+    # Two models with the same weights, each stepped by one backend: from the second step on they part by
+    # rounding.
     models = {"native": first, "reference": copy.deepcopy(first)}
     optimizers = {name: build_optim_wrapper(model, config.optim_wrapper) for name, model in models.items()}
     data = random_batch(args.batch_size, tuple(args.shape), 80)
@@ -79,9 +86,14 @@ def main() -> None:
     }
     size = " x ".join(map(str, (args.batch_size, 3, *args.shape)))
     print(f"torch {torch.__version__}, {args.device}, {figures['threads']} threads, {size}")
-    print("| backend | median s | min s | max s | first step's losses | last step's losses |\n|---|---|---|---|---|---|")
+    print(
+        "| backend | median s | min s | max s | first step's losses | last step's losses"
+        " |\n|---|---|---|---|---|---|"
+    )
     for name in BACKENDS:
-        shown = [", ".join(f"{key} {value:.6f}" for key, value in losses[name][index].items()) for index in (0, -1)]
+        shown = [
+            ", ".join(f"{key} {value:.6f}" for key, value in losses[name][index].items()) for index in (0, -1)
+        ]
         spread = [f"{function(times[name]):.3f}" for function in (statistics.median, min, max)]
         print(f"| {' | '.join([name, *spread, *shown])} |")
     if args.json:
@@ -90,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_tool(main)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lf_dense.errors import UsageError
-from lf_dense.training.cli import add_trust_option, run
+from lf_dense.errors import UsageError, run_tool, tool_parser
+from lf_dense.training.cli import add_trust_option
 from lf_dense.weights.publishing import publish
 from lf_dense.weights.reading import trust_checkpoint
 
@@ -20,14 +20,29 @@ def parse_metric(text: str) -> tuple[str, float]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(description=__doc__)
     parser.add_argument("checkpoint", metavar="IN", help="checkpoint of a training run")
-    parser.add_argument("out", metavar="OUT", type=Path, help="file to write, .pth or .safetensors; -HASH is put before the ending")
-    parser.add_argument("--backbone-only", action="store_true", help="leave neck and heads out, and the backbone under its own names")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="file to write, .pth or .safetensors; -HASH is put before the ending",
+    )
+    parser.add_argument(
+        "--backbone-only",
+        action="store_true",
+        help="leave neck and heads out, and the backbone under its own names",
+    )
     parser.add_argument("--dataset", help="what it was trained on")
     parser.add_argument("--recipe", help="the config's name, in the place of what the file says")
     add_trust_option(parser)
-    parser.add_argument("--metric", type=parse_metric, nargs="+", metavar="NAME=NUMBER", help="in the place of those that the file has")
+    parser.add_argument(
+        "--metric",
+        type=parse_metric,
+        nargs="+",
+        metavar="NAME=NUMBER",
+        help="in the place of those that the file has",
+    )
     return parser.parse_args()
 
 
@@ -42,8 +57,11 @@ def main() -> None:
     for key, value in meta.items():
         if key != "cfg":
             print(f"{key:<18}{value}")
-    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB; the training checkpoint has {Path(args.checkpoint).stat().st_size / 2**20:.1f})")
+    print(
+        f"{path} ({path.stat().st_size / 2**20:.1f} MiB; the training checkpoint has"
+        f" {Path(args.checkpoint).stat().st_size / 2**20:.1f})"
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

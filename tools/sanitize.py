@@ -1,7 +1,7 @@
 """Run the operator tests on operators compiled with AddressSanitizer and UndefinedBehaviorSanitizer, the emulated CUDA sources included.
 
-Everything happens in a temporary copy of the sources; the checkout's own build stays as it is. The exit code is 0 where every test
-passed and the sanitizers reported nothing.
+Everything happens in a temporary copy of the sources; the checkout's own build stays as it is. The exit code
+is 0 where every test passed and the sanitizers reported nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SOURCES = ("setup.py", "pyproject.toml", "README.md", "lf_dense", "ops", "tests"
 TESTS = ("tests/backends/test_mathematics.py", "tests/backends/test_native.py")
 SELECTION = "not reference-cpu"
 CXXFLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-# In the order in which they have to be loaded; libstdc++, so that AddressSanitizer finds the functions that it stands before.
+# In the order in which they have to be loaded; libstdc++, so that AddressSanitizer finds the functions that
+# it stands before.
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")
 
 
@@ -40,8 +41,15 @@ def copy_sources(folder: Path) -> None:
 def build(folder: Path) -> Path:
     """Compile the operators in the copied checkout; returns the CPU library."""
     # A GPU's code is not sanitized by this; where CUDA is built all the same, one architecture is enough.
-    environment = {**os.environ, "LF_DENSE_CXXFLAGS": CXXFLAGS, "LF_DENSE_NO_NATIVE": "", "TORCH_CUDA_ARCH_LIST": "8.0"}
-    done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, env=environment, check=False)
+    environment = {
+        **os.environ,
+        "LF_DENSE_CXXFLAGS": CXXFLAGS,
+        "LF_DENSE_NO_NATIVE": "",
+        "TORCH_CUDA_ARCH_LIST": "8.0",
+    }
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, env=environment, check=False
+    )
     library = folder / "lf_dense" / "backends" / "_operators_cpu.so"
     if done.returncode or not library.exists():
         sys.exit("sanitize could not compile the operators; the reason is above.")
@@ -55,7 +63,10 @@ def find_runtimes(library: Path) -> list[str]:
     missing = [name for name, match in found.items() if match is None]
     if missing:
         compiler = os.environ.get("CXX", "g++")
-        sys.exit(f"sanitize needs a compiler that links the sanitizers as shared libraries, and {compiler} left out {', '.join(missing)}.")
+        sys.exit(
+            f"sanitize needs a compiler that links the sanitizers as shared libraries, and {compiler} left"
+            f" out {', '.join(missing)}."
+        )
     return [match[1] for match in found.values()]
 
 
@@ -77,18 +88,37 @@ def run_tests(folder: Path, runtimes: list[str], reports: Path, selection: str) 
         "PYTHONPATH": str(folder),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    # UndefinedBehaviorSanitizer, loaded beside the other, writes to stderr alone: pytest may not take that away.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", *tests, "-k", selection]
+    # UndefinedBehaviorSanitizer, loaded beside the other, writes to stderr alone: pytest may not take that
+    # away.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--capture=sys",
+        *tests,
+        "-k",
+        selection,
+    ]
     return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-k", default=SELECTION, metavar="EXPRESSION", help="which tests, as pytest takes it (default: %(default)r)")
+    parser.add_argument(
+        "-k",
+        default=SELECTION,
+        metavar="EXPRESSION",
+        help="which tests, as pytest takes it (default: %(default)r)",
+    )
     args = parser.parse_args()
     compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
     if shutil.which(compiler) is None:
-        sys.exit(f"sanitize needs a C++ compiler, and {compiler} was not found: install g++, or name one in CXX.")
+        sys.exit(
+            f"sanitize needs a C++ compiler, and {compiler} was not found: install g++, or name one in CXX."
+        )
     with tempfile.TemporaryDirectory(prefix="lf_dense_sanitize_") as name:
         folder, reports = Path(name, "checkout"), Path(name, "reports")
         folder.mkdir()
@@ -100,9 +130,15 @@ def main() -> None:
         found = [path.read_text(errors="replace") for path in sorted(reports.iterdir())]
     if found:
         print("\n".join(found), file=sys.stderr)
-        sys.exit(f"sanitize failed: the sanitizers wrote {len(found)} report{'s' if len(found) > 1 else ''}, above.")
+        sys.exit(
+            f"sanitize failed: the sanitizers wrote {len(found)} report{'s' if len(found) > 1 else ''},"
+            " above."
+        )
     if code:
-        sys.exit(f"sanitize failed: pytest ended with exit code {code}; its output, and any report of the sanitizers, is above.")
+        sys.exit(
+            f"sanitize failed: pytest ended with exit code {code}; its output, and any report of the"
+            " sanitizers, is above."
+        )
     print("sanitize passed: no report from AddressSanitizer or UndefinedBehaviorSanitizer.")
 
 

@@ -1,8 +1,8 @@
 """Create the pinned development environment in a virtual environment, step by step.
 
-Needs nothing but the standard library. Every step is recorded in ``<venv>/setup/`` once it has succeeded, keyed by what it
-and the steps before it install: a second call does nothing, an interrupted one goes on where it stopped, and a changed pin reruns
-its step and all that follow.
+Needs nothing but the standard library. Every step is recorded in ``<venv>/setup/`` once it has succeeded,
+keyed by what it and the steps before it install: a second call does nothing, an interrupted one goes on where
+it stopped, and a changed pin reruns its step and all that follow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 MIN_PYTHON = (3, 11)
-# torchvision 0.16.2, the last to import beside a CPU-only torch of another version, has no wheel for newer ones.
+# torchvision 0.16.2, the last to import beside a CPU-only torch of another version, has no wheel for newer
+# ones.
 CPU_TORCH_MAX_PYTHON = (3, 11)
 HEARTBEAT_SECONDS = 30
 
@@ -53,7 +54,8 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
         return steps
     vision = "torchvision-cuda" if torch_has_cuda else "torchvision-cpu"
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-    # Where a GPU is visible mmcv builds for it, which takes nvcc; without nvcc it can be built for the CPU alone.
+    # Where a GPU is visible mmcv builds for it, which takes nvcc; without nvcc it can be built for the CPU
+    # alone.
     hidden_gpus = {} if shutil.which("nvcc") else {"CUDA_VISIBLE_DEVICES": ""}
     return [
         *steps,
@@ -63,17 +65,29 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
         # A plain install would build without torch, yield a wheel with no operators, and cache it.
         Step(
             "mmcv, compiling its operators (about 6 minutes on 2 cores)",
-            # Forced: the same mmcv compiled against another torch, or without operators, counts as installed for pip.
-            ["--no-cache-dir", "--no-deps", "--no-build-isolation", "--force-reinstall", *requirement_args("mmcv")],
+            # Forced: the same mmcv compiled against another torch, or without operators, counts as installed
+            # for pip.
+            [
+                "--no-cache-dir",
+                "--no-deps",
+                "--no-build-isolation",
+                "--force-reinstall",
+                *requirement_args("mmcv"),
+            ],
             "import mmcv.ops, mmdet.apis, mmseg.apis, mmpretrain.apis",
             {"MAX_JOBS": jobs, "CFLAGS": "-O1 -g0 -w", **hidden_gpus},
         ),
         Step("test and lint tools", requirement_args("dev"), "import pytest, hypothesis, safetensors"),
-        Step("models to compare with", ["--no-deps", *requirement_args("peers")], "import timm, efficientnet_lite_pytorch"),
+        Step(
+            "models to compare with",
+            ["--no-deps", *requirement_args("peers")],
+            "import timm, efficientnet_lite_pytorch",
+        ),
         Step(
             "lf_dense itself, editable, compiling its operators (a minute; with CUDA some more)",
             ["--no-deps", "--no-build-isolation", "-e", str(ROOT)],
-            "import lf_dense, torch; lf_dense.LaplacianFormer; lf_dense.newton_schulz_inverse(torch.ones(1, 1), backend='native')",
+            "import lf_dense, torch; lf_dense.LaplacianFormer; lf_dense.newton_schulz_inverse(torch.ones(1,"
+            " 1), backend='native')",
             {"MAX_JOBS": jobs},
         ),
     ]
@@ -87,7 +101,9 @@ def fingerprint(previous: str, step: Step) -> str:
             content += Path(arg).read_bytes()
         elif arg == str(ROOT):
             sources = sorted(path for path in (ROOT / "ops").rglob("*") if path.is_file())
-            content += b"".join(path.read_bytes() for path in [ROOT / "pyproject.toml", ROOT / "setup.py", *sources])
+            content += b"".join(
+                path.read_bytes() for path in [ROOT / "pyproject.toml", ROOT / "setup.py", *sources]
+            )
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -105,7 +121,9 @@ def run_logged(command: list[str], log: Path, environment: Mapping[str, str]) ->
     try:
         with log.open("ab") as stream:
             env = {**os.environ, **environment}
-            return subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=env, check=False).returncode
+            return subprocess.run(
+                command, stdout=stream, stderr=subprocess.STDOUT, env=env, check=False
+            ).returncode
     finally:
         finished.set()
         thread.join()
@@ -114,7 +132,10 @@ def run_logged(command: list[str], log: Path, environment: Mapping[str, str]) ->
 def fail(step: Step, log: Path) -> None:
     tail = log.read_text(errors="replace").splitlines()[-25:]
     print("\n".join(tail), file=sys.stderr)
-    sys.exit(f"setup failed at: {step.title}. The lines above end the log {log}; mend the cause and run the same command again.")
+    sys.exit(
+        f"setup failed at: {step.title}. The lines above end the log {log}; mend the cause and run the same"
+        " command again."
+    )
 
 
 def torch_has_cuda(python: Path) -> bool | None:
@@ -149,29 +170,47 @@ def check_machine() -> None:
     version = sys.version_info[:2]
     if version < MIN_PYTHON:
         wanted = ".".join(map(str, MIN_PYTHON))
-        sys.exit(f"setup needs Python {wanted} or newer, and this is {sys.version.split()[0]}: call make with PYTHON=python{wanted}.")
+        sys.exit(
+            f"setup needs Python {wanted} or newer, and this is {sys.version.split()[0]}: call make with"
+            f" PYTHON=python{wanted}."
+        )
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        sys.exit("setup compiles mmcv, which needs Python's headers, and Python.h is not there: install python3-dev (python3-devel).")
+        sys.exit(
+            "setup compiles mmcv, which needs Python's headers, and Python.h is not there: install"
+            " python3-dev (python3-devel)."
+        )
     if not shutil.which(os.environ.get("CXX", "g++").split()[0]):
-        sys.exit("setup compiles mmcv, which needs a C++ compiler, and there is none: install g++, or name one in CXX.")
+        sys.exit(
+            "setup compiles mmcv, which needs a C++ compiler, and there is none: install g++, or name one in"
+            " CXX."
+        )
 
 
 def create_environment(folder: Path) -> Path:
     """The environment's interpreter; one that has no working pip, from an interrupted creation, is made anew."""
     python = folder / "bin" / "python"
-    if python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0:
+    if (
+        python.exists()
+        and subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode
+        == 0
+    ):
         return python
     print(f"creating {folder}", flush=True)
     try:
         venv.EnvBuilder(with_pip=True, clear=True).create(folder)
     except subprocess.CalledProcessError:
-        sys.exit(f"setup could not create {folder}: Python's venv module lacks its part of pip; install python3-venv and run this again.")
+        sys.exit(
+            f"setup could not create {folder}: Python's venv module lacks its part of pip; install"
+            " python3-venv and run this again."
+        )
     return python
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the virtual environment to create or complete")
+    parser.add_argument(
+        "--venv", type=Path, default=ROOT / ".venv", help="the virtual environment to create or complete"
+    )
     args = parser.parse_args()
     check_machine()
     python = create_environment(args.venv)
@@ -183,8 +222,9 @@ def main() -> None:
     if not has_cuda and sys.version_info[:2] > CPU_TORCH_MAX_PYTHON:
         newest = ".".join(map(str, CPU_TORCH_MAX_PYTHON))
         sys.exit(
-            f"setup found a CPU-only torch on Python {sys.version.split()[0]}, for which there is no torchvision that imports "
-            f"beside it: call make with PYTHON=python{newest} after removing {args.venv}."
+            f"setup found a CPU-only torch on Python {sys.version.split()[0]}, for which there is no"
+            f" torchvision that imports beside it: call make with PYTHON=python{newest} after removing"
+            f" {args.venv}."
         )
     run_steps(plan(has_cuda), total, python, setup_dir)
     print(f"environment ready: {args.venv}")

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from mmengine.config import DictAction
 
-from lf_dense.errors import UsageError
+from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.files import write_atomically
 from lf_dense.laplacianformer import ARCHS
 from lf_dense.swap.backbone import swap_backbone
-from lf_dense.training.cli import add_trust_option, run
+from lf_dense.training.cli import add_trust_option
 from lf_dense.weights.reading import trust_checkpoint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(description=__doc__)
     parser.add_argument("config", help="path or packaged name of the config")
     parser.add_argument("out", type=Path, metavar="OUT.py", help="file to write")
-    parser.add_argument("--backbone", choices=ARCHS, default="tiny", help="size of the LaplacianFormer (default: %(default)s)")
+    parser.add_argument(
+        "--backbone", choices=ARCHS, default="tiny", help="size of the LaplacianFormer (default: %(default)s)"
+    )
     parser.add_argument("--pretrained", metavar="CKPT", help="start the LaplacianFormer from this checkpoint")
     add_trust_option(parser)
-    parser.add_argument("--backbone-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="its other arguments")
+    parser.add_argument(
+        "--backbone-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="its other arguments",
+    )
     args = parser.parse_args()
     if args.out.suffix != ".py":
         raise UsageError(f"{args.out}: a config is a Python file, so the name has to end in .py.")
@@ -37,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

@@ -1,20 +1,28 @@
 """Train from any config: our own, a path, or a packaged one like mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.
 
-The config's default_scope says which framework it belongs to: detection, segmentation and classification start alike.
+The config's default_scope says which framework it belongs to: detection, segmentation and classification
+start alike.
 """
 
 from __future__ import annotations
 
-import argparse
-
-from lf_dense.training.cli import add_backbone_options, add_config_options, add_launcher, read_config, run, set_local_rank
+from lf_dense.errors import run_tool, tool_parser
+from lf_dense.training.cli import (
+    add_backbone_options,
+    add_config_options,
+    add_launcher,
+    read_config,
+    set_local_rank,
+)
 from lf_dense.training.runs import AUTO, build_training_runner
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(description=__doc__)
     parser.add_argument("config", help="path or packaged name of the config")
-    parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/CONFIG'S NAME)")
+    parser.add_argument(
+        "--work-dir", help="folder for logs and checkpoints (default: work_dirs/CONFIG'S NAME)"
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -23,7 +31,9 @@ def main() -> None:
         help="go on from a checkpoint; without a value, from the newest readable one in the work dir",
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision (needs a GPU)")
-    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the global batch size")
+    parser.add_argument(
+        "--auto-scale-lr", action="store_true", help="scale the learning rate with the global batch size"
+    )
     add_backbone_options(parser)
     add_config_options(parser)
     add_launcher(parser)
@@ -41,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

@@ -1,7 +1,7 @@
 """A tenth of the learning rate for the backbone; no decay on norms and biases, neither its own nor the head's.
 
-A custom key outranks the rules for norms and biases, and of several that match the longest counts: hence their names. The rules
-do not know the bias of torch's attention.
+A custom key outranks the rules for norms and biases, and of several that match the longest counts: hence
+their names. The rules do not know the bias of torch's attention.
 """
 
 slow_backbone = dict(

@@ -4,7 +4,14 @@ _base_ = ["mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py", "../_base_/slow_backbo
 custom_imports = dict(imports=["lf_dense"], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(_delete_=True, type="LaplacianFormer", arch="tiny", out_indices=(1, 2, 3), drop_path_rate=0.1, init_cfg=None),
+    backbone=dict(
+        _delete_=True,
+        type="LaplacianFormer",
+        arch="tiny",
+        out_indices=(1, 2, 3),
+        drop_path_rate=0.1,
+        init_cfg=None,
+    ),
     neck=dict(in_channels=[128, 320, 512]),
 )
 

@@ -18,12 +18,16 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=32,
     num_workers=1,
-    dataset=dict(_delete_=True, type="CustomDataset", data_root=data_root, data_prefix="train", pipeline=train_pipeline),
+    dataset=dict(
+        _delete_=True, type="CustomDataset", data_root=data_root, data_prefix="train", pipeline=train_pipeline
+    ),
 )
 val_dataloader = dict(
     batch_size=64,
     num_workers=1,
-    dataset=dict(_delete_=True, type="CustomDataset", data_root=data_root, data_prefix="val", pipeline=test_pipeline),
+    dataset=dict(
+        _delete_=True, type="CustomDataset", data_root=data_root, data_prefix="val", pipeline=test_pipeline
+    ),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(topk=(1,))
@@ -38,6 +42,13 @@ train_cfg = dict(max_epochs=max_epochs, val_interval=1)
 optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=1.0))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=True, begin=0, end=1, convert_to_iter_based=True),
-    dict(type="CosineAnnealingLR", begin=1, T_max=max_epochs - 1, eta_min=1e-5, by_epoch=True, convert_to_iter_based=True),
+    dict(
+        type="CosineAnnealingLR",
+        begin=1,
+        T_max=max_epochs - 1,
+        eta_min=1e-5,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    ),
 ]
 auto_scale_lr = dict(base_batch_size=32)

@@ -3,7 +3,19 @@
 _base_ = ["./fpn_lf-tiny_80k_ade20k-512x512.py"]
 
 data_root = "data/camvid"
-classes = ("Sky", "Building", "Pole", "Road", "Sidewalk", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist")
+classes = (
+    "Sky",
+    "Building",
+    "Pole",
+    "Road",
+    "Sidewalk",
+    "Tree",
+    "SignSymbol",
+    "Fence",
+    "Car",
+    "Pedestrian",
+    "Bicyclist",
+)
 palette = [
     [128, 128, 128],
     [128, 0, 0],

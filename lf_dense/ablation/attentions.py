@@ -26,7 +26,8 @@ def gaussian_kernel(x: Tensor, y: Tensor, scale: float) -> Tensor:
 class GaussianAttention(LaplacianAttention):
     """SOFT's kernel in the Laplacian one's place, landmarks, solver and normalization as they are.
 
-    The scale is SOFT's, ``2 sqrt(head_dims)`` (Lu et al., "SOFT: Softmax-free Transformer with Linear Complexity").
+    The scale is SOFT's, ``2 sqrt(head_dims)`` (Lu et al., "SOFT: Softmax-free Transformer with Linear
+    Complexity").
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -80,7 +81,9 @@ class SpatialReductionAttention(SoftmaxAttention):
             self.sr = nn.Conv2d(embed_dims, embed_dims, reduction, reduction)
             self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         if self.reduction == 1:
             return super().forward(x, hw_shape, table)
         if table is None:

@@ -1,7 +1,7 @@
 """Which implementation serves a call: the argument, else the ``use_backend`` block around it, else the environment.
 
-``"reference"`` is plain PyTorch, ``"native"`` the compiled operators of ``ops/``, and ``"auto"`` native where it can serve
-and the reference elsewhere.
+``"reference"`` is plain PyTorch, ``"native"`` the compiled operators of ``ops/``, and ``"auto"`` native where
+it can serve and the reference elsewhere.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _in_block: contextvars.ContextVar[str | None] = contextvars.ContextVar("lf_dense
 
 def _checked(name: str, origin: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{origin} asks for the backend {name!r}, which does not exist: use one of {', '.join(BACKENDS)}.")
+        raise ValueError(
+            f"{origin} asks for the backend {name!r}, which does not exist: use one of {', '.join(BACKENDS)}."
+        )
     return name
 
 
@@ -41,7 +43,9 @@ def requested_backend(argument: str | None = None) -> str:
     in_block = _in_block.get()
     if in_block is not None:
         return in_block
-    return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"the environment variable {ENVIRONMENT_VARIABLE}")
+    return _checked(
+        os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"the environment variable {ENVIRONMENT_VARIABLE}"
+    )
 
 
 @contextlib.contextmanager
@@ -60,7 +64,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 @functools.cache
 def _log_once(obstacle: str) -> None:
-    _logger.warning("lf_dense runs its plain PyTorch reference in place of the native operators, since %s.", obstacle)
+    _logger.warning(
+        "lf_dense runs its plain PyTorch reference in place of the native operators, since %s.", obstacle
+    )
 
 
 def choose_backend(argument: str | None, device: torch.device, head_dims: int = 0) -> str:
@@ -87,6 +93,9 @@ def _resolve(argument: str | None, device: torch.device, wide: bool) -> str:
     if obstacle is None:
         return "native"
     if requested == "native":
-        raise RuntimeError(f"the native operators cannot serve this call, since {obstacle}: use the backend 'auto' or 'reference'.")
+        raise RuntimeError(
+            f"the native operators cannot serve this call, since {obstacle}: use the backend 'auto' or"
+            " 'reference'."
+        )
     _log_once(obstacle)
     return "reference"

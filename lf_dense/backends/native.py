@@ -1,7 +1,7 @@
 """The compiled operators of ``ops/``: loading, fakes for torch.compile, gradients, autocast, and what is there.
 
-They are registered as ``torch.ops.lf_dense.*`` when the first call asks for them. ``lf_dense.functional`` is their caller; its
-docstrings say what they compute.
+They are registered as ``torch.ops.lf_dense.*`` when the first call asks for them. ``lf_dense.functional`` is
+their caller; its docstrings say what they compute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from .reference import common_dtype, compute_dtype
 
 MIN_TORCH = (2, 11)
-# A block keeps three tiles of tokens in shared memory; GPUs for graphics (8.6, 8.9) have 99 KB of it, those for computing 163 and more.
+# A block keeps three tiles of tokens in shared memory; GPUs for graphics (8.6, 8.9) have 99 KB of it, those
+# for computing 163 and more.
 MAX_CUDA_HEAD_DIMS, MAX_CUDA_HEAD_DIMS_IN_99_KB = 128, 64
 MIN_CUDA_CAPABILITY = (8, 0)
 # The operators' namespace in torch.ops; the tests put the emulated CUDA operators in its place.
@@ -98,7 +99,11 @@ def obstacle(device: torch.device, *, wide: bool = False) -> str | None:
     if capability < MIN_CUDA_CAPABILITY:
         wanted, found = ".".join(map(str, MIN_CUDA_CAPABILITY)), ".".join(map(str, capability))
         return f"they need a GPU of compute capability {wanted} or higher, and {device} has {found}"
-    return f"on this GPU they take up to {max_head_dims(device)} channels a head, and these have more" if wide else None
+    return (
+        f"on this GPU they take up to {max_head_dims(device)} channels a head, and these have more"
+        if wide
+        else None
+    )
 
 
 def _build_module() -> object | None:
@@ -113,9 +118,10 @@ def build_info() -> dict:
     """How the operators were built and what they would do here.
 
     Returns:
-        ``built`` (whether anything was), ``compiler``, ``torch`` and ``torch_target`` (the version compiled against and the oldest
-        that the binary serves), ``cuda`` and ``cuda_architectures`` (empty where CUDA was not built), ``instruction_sets_compiled``
-        and ``instruction_sets_supported`` (widest first; of this processor), ``instruction_set`` (the one in use, None with none).
+        ``built`` (whether anything was), ``compiler``, ``torch`` and ``torch_target`` (the version compiled
+        against and the oldest that the binary serves), ``cuda`` and ``cuda_architectures`` (empty where CUDA
+        was not built), ``instruction_sets_compiled`` and ``instruction_sets_supported`` (widest first; of
+        this processor), ``instruction_set`` (the one in use, None with none).
     """
     module = _build_module()
     if module is None:
@@ -149,7 +155,9 @@ def newton_schulz_inverse(w: Tensor, iters: int, eps: float) -> Tensor:
     return _operators().newton_schulz_inverse(w.to(compute_dtype(w.dtype)), iters, eps).to(w.dtype)
 
 
-def laplacian_attention(q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor, scale: float, iters: int, eps: float, tau: float) -> Tensor:
+def laplacian_attention(
+    q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor, scale: float, iters: int, eps: float, tau: float
+) -> Tensor:
     """See ``lf_dense.functional.laplacian_attention``; normalization ``"mass"``."""
     return _operators().laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)[0]
 
@@ -181,7 +189,9 @@ def _attention_fake(
     return (_tokens_like(q), *(q.new_empty(batch, heads, *shape, dtype=dtype) for shape in shapes))
 
 
-def _attention_backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor, *rest: object) -> tuple[Tensor, ...]:
+def _attention_backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor, *rest: object
+) -> tuple[Tensor, ...]:
     return tuple(_tokens_like(x) for x in (q, k, v, landmarks))
 
 
@@ -215,12 +225,16 @@ def _attention_gradient(ctx: object, grad: Tensor, *unused: Tensor) -> tuple[Ten
 
 
 def _no_second_derivative(ctx: object, *grads: Tensor) -> None:
-    raise NotImplementedError("lf_dense's native operators have no second derivative: use the backend 'reference' for it.")
+    raise NotImplementedError(
+        "lf_dense's native operators have no second derivative: use the backend 'reference' for it."
+    )
 
 
 def _without_autocast(operator: torch._ops.OpOverload, always_wide: bool) -> object:
     """Under autocast: mixed dtypes meet in the widest, the solver runs in float32 or wider, and nothing inside is cast."""
-    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
 
     def run(*args: object) -> object:
         dtype = common_dtype(*(arg for arg in args if isinstance(arg, Tensor)))
@@ -243,10 +257,15 @@ def register(library: str) -> torch.library.Library:
     ):
         torch.library.register_fake(f"{library}::{name}", fake)
         torch.library.register_autograd(f"{library}::{name}", gradient, setup_context=setup)
-        rule = _without_autocast(getattr(operators, name).default, always_wide=name == "newton_schulz_inverse")
+        rule = _without_autocast(
+            getattr(operators, name).default, always_wide=name == "newton_schulz_inverse"
+        )
         for key in ("AutocastCPU", "AutocastCUDA"):
             autocast_rules.impl(name, rule, key)
-    for name, fake in (("laplacian_kernel_backward", _kernel_backward_fake), ("laplacian_attention_backward", _attention_backward_fake)):
+    for name, fake in (
+        ("laplacian_kernel_backward", _kernel_backward_fake),
+        ("laplacian_attention_backward", _attention_backward_fake),
+    ):
         torch.library.register_fake(f"{library}::{name}", fake)
         torch.library.register_autograd(f"{library}::{name}", _no_second_derivative)
     return autocast_rules

@@ -1,9 +1,10 @@
 """The attention's mathematics in plain PyTorch: the definition of right for every other implementation.
 
-Paper: "LaplacianFormer: Rethinking Linear Attention with Laplacian Kernel" (arXiv 2604.20368). Nothing here forms an N x N
-matrix, and in float32 nothing of size N x m x d. Half-precision inputs are computed in float32 and rounded once, at the end;
-autocast does not reach inside, because the solver's condition number (about m / eps) leaves half precision no correct digit.
-Arguments are not checked here: ``lf_dense.functional`` does that.
+Paper: "LaplacianFormer: Rethinking Linear Attention with Laplacian Kernel" (arXiv 2604.20368). Nothing here
+forms an N x N matrix, and in float32 nothing of size N x m x d. Half-precision inputs are computed in float32
+and rounded once, at the end; autocast does not reach inside, because the solver's condition number (about m /
+eps) leaves half precision no correct digit. Arguments are not checked here: ``lf_dense.functional`` does
+that.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class _NewtonSchulzInverse(torch.autograd.Function):
         inverse = (1 + 1 / torch.cosh(angle)) / bound * identity
         for step in range(1, iters + 1):
             inverse = (1 + 1 / torch.cosh(2**step * angle)) * (inverse @ (2 * identity - w @ inverse))
-        # One plain step in float64 takes off the rounding that the iteration gathered, which whitening would amplify.
+        # One plain step in float64 takes off the rounding that the iteration gathered, which whitening would
+        # amplify.
         wide, residual = inverse.double(), 2 * identity.double() - w.double() @ inverse.double()
         return (wide @ residual).to(w.dtype)
 
@@ -67,11 +69,12 @@ class _NewtonSchulzInverse(torch.autograd.Function):
 def newton_schulz_inverse(w: Tensor, iters: int, eps: float) -> Tensor:
     """``(w + eps I)^-1`` for kernel matrices ``(..., m, m)`` by a scaled Newton-Schulz iteration (paper, section 3.3).
 
-    The start and the scaling are the project's own. The spectrum of ``w + eps I`` over its largest row sum ``u`` lies in
-    ``[eps / u, 1]``, and scaling each step keeps the spectrum of ``W X`` centred on 1, in ``1 +- g`` say. A step and its scaling
-    take ``1 / g`` to ``2 / g^2 - 1``, the doubling of a hyperbolic cosine, so ``g`` after k steps is ``1 / cosh(2^k a)`` with
-    ``a = 2 artanh(sqrt(eps / u))``, and the factor of each step ``1 + g``. That bounds the residual for every input; the usual
-    start ``1.8 W / u^2`` has not begun to converge on a blank image after 20 steps.
+    The start and the scaling are the project's own. The spectrum of ``w + eps I`` over its largest row sum
+    ``u`` lies in ``[eps / u, 1]``, and scaling each step keeps the spectrum of ``W X`` centred on 1, in ``1
+    +- g`` say. A step and its scaling take ``1 / g`` to ``2 / g^2 - 1``, the doubling of a hyperbolic cosine,
+    so ``g`` after k steps is ``1 / cosh(2^k a)`` with ``a = 2 artanh(sqrt(eps / u))``, and the factor of each
+    step ``1 + g``. That bounds the residual for every input; the usual start ``1.8 W / u^2`` has not begun to
+    converge on a blank image after 20 steps.
     """
     with _without_autocast(w):
         return _NewtonSchulzInverse.apply(w.to(compute_dtype(w.dtype)), iters, eps).to(w.dtype)
@@ -93,9 +96,10 @@ def laplacian_attention(
 ) -> Tensor:
     """Attention over ``(B, heads, N, d)`` through ``(B, heads, m, d)`` landmarks, linear in N; returns ``(B, heads, N, d)``.
 
-    Every form is ``Z V`` with ``Z = scaled(G - mean G) + 1/N`` for the Nystroem matrix ``G = C_q A C_k^T`` that is never
-    formed (paper, section 3.2); ``lf_dense.functional.laplacian_attention`` documents the three scalings. ``kernel`` and
-    ``inverse`` may be the native operators, so that the whitening forms are composed of them.
+    Every form is ``Z V`` with ``Z = scaled(G - mean G) + 1/N`` for the Nystroem matrix ``G = C_q A C_k^T``
+    that is never formed (paper, section 3.2); ``lf_dense.functional.laplacian_attention`` documents the three
+    scalings. ``kernel`` and ``inverse`` may be the native operators, so that the whitening forms are composed
+    of them.
     """
     dtype = compute_dtype(q.dtype)
     with _without_autocast(q):
@@ -106,7 +110,8 @@ def laplacian_attention(
         mean_value = values.mean(-2, keepdim=True)
         num_tokens = q.shape[-2]
         if normalization == "mass":
-            # The mean leaves the values before the sums, not after: on close tokens the difference would cancel to nothing.
+            # The mean leaves the values before the sums, not after: on close tokens the difference would
+            # cancel to nothing.
             pooled = solved @ (kernel_k.mT @ (values - mean_value)) / num_tokens
             mass = kernel_q @ (solved @ kernel_k.mean(-2).unsqueeze(-1))
             out = kernel_q @ pooled / (mass.clamp_min(0) + tau) + mean_value

@@ -16,8 +16,9 @@ _CONVOLUTIONS_AND_LINEAR = (torch.ops.aten.convolution, torch.ops.aten.addmm, to
 class Complexity(NamedTuple):
     """Counts for one image.
 
-    ``macs`` are the multiply-adds of convolutions and linear layers, what papers call FLOPs. ``attention_macs`` are the
-    operations of the kernel attention that this leaves out, with a subtract / absolute-accumulate pair as one.
+    ``macs`` are the multiply-adds of convolutions and linear layers, what papers call FLOPs.
+    ``attention_macs`` are the operations of the kernel attention that this leaves out, with a subtract /
+    absolute-accumulate pair as one.
     """
 
     params: int
@@ -25,11 +26,13 @@ class Complexity(NamedTuple):
     attention_macs: int
 
 
-def laplacian_attention_macs(num_heads: int, num_tokens: int, num_landmarks: int, head_dims: int, iters: int) -> int:
+def laplacian_attention_macs(
+    num_heads: int, num_tokens: int, num_landmarks: int, head_dims: int, iters: int
+) -> int:
     """Operations of one call of ``laplacian_attention`` for one image under ``"mass"``.
 
-    Three kernel matrices (queries, keys, landmarks), ``C_k^T V`` and ``C_q U`` with their mass columns, and two products of
-    m x m matrices per solver step.
+    Three kernel matrices (queries, keys, landmarks), ``C_k^T V`` and ``C_q U`` with their mass columns, and
+    two products of m x m matrices per solver step.
     """
     kernels = (2 * num_tokens + num_landmarks) * num_landmarks * head_dims
     products = 2 * num_tokens * num_landmarks * (head_dims + 1) + num_landmarks**2 * (head_dims + 1)
@@ -52,7 +55,11 @@ def count(backbone: nn.Module, input_size: tuple[int, int] = (224, 224)) -> Comp
     image = torch.zeros(1, backbone.in_channels, *input_size, dtype=weight.dtype, device=weight.device)
     was_training = backbone.training
     backbone.eval()
-    hooks = [m.register_forward_pre_hook(add_attention) for m in backbone.modules() if isinstance(m, LaplacianAttention)]
+    hooks = [
+        m.register_forward_pre_hook(add_attention)
+        for m in backbone.modules()
+        if isinstance(m, LaplacianAttention)
+    ]
     counter = FlopCounterMode(display=False)
     try:
         with torch.no_grad(), counter:

@@ -14,23 +14,42 @@ from ..errors import UsageError
 from ..frameworks import framework_of, load_config, type_name
 from ..laplacianformer import LaplacianFormer
 from ..weights.reading import is_remote, read_checkpoint
-from .rewiring import PYRAMID_STRIDES, Levels, Rewiring, SwapError, as_list, check_replaceable, choose_stages, measure_levels
+from .rewiring import (
+    PYRAMID_STRIDES,
+    Levels,
+    Rewiring,
+    SwapError,
+    as_list,
+    check_replaceable,
+    choose_stages,
+    measure_levels,
+)
 
 # Pixels 0 to 255, red first: what ImageNet weights are trained with.
 MEAN = [123.675, 116.28, 103.53]
 STD = [58.395, 57.12, 57.375]
-# AdamW where a recipe had another kind of optimizer: learning rate, its number of images per step, weight decay. PVTv2's RetinaNet,
-# Swin's UPerNet and Swin's ImageNet recipe.
+# AdamW where a recipe had another kind of optimizer: learning rate, its number of images per step, weight
+# decay. PVTv2's RetinaNet, Swin's UPerNet and Swin's ImageNet recipe.
 _RECIPES = {"mmdet": (1e-4, 16, 1e-4), "mmseg": (6e-5, 16, 0.01), "mmpretrain": (1e-3, 1024, 0.05)}
 _ADAM = ("Adam", "AdamW")
 # Constructors that know parameters by mmengine's rules or by a backbone's own get_layer_depth.
 _CONSTRUCTORS = ("", "DefaultOptimWrapperConstructor", "LearningRateDecayOptimWrapperConstructor")
 # Classifier heads on tokens; a pooled map goes into a linear layer.
-_TOKEN_HEADS = ("VisionTransformerClsHead", "DeiTClsHead", "ConformerHead", "LeViTClsHead", "EfficientFormerClsHead", "VigClsHead")
+_TOKEN_HEADS = (
+    "VisionTransformerClsHead",
+    "DeiTClsHead",
+    "ConformerHead",
+    "LeViTClsHead",
+    "EfficientFormerClsHead",
+    "VigClsHead",
+)
 _HEAD_KEYS = ("num_classes", "loss", "topk", "cal_acc")
 _NO_BACKBONE = {
     "Detectron2Wrapper": "Detectron2Wrapper keeps its backbone in detectron2's own config",
-    "MultimodalEncoderDecoder": "MultimodalEncoderDecoder needs CLIP's image encoder, whose features its text encoder was trained with",
+    "MultimodalEncoderDecoder": (
+        "MultimodalEncoderDecoder needs CLIP's image encoder, whose features its text encoder was trained"
+        " with"
+    ),
     "TimmClassifier": "TimmClassifier is a whole network of timm's",
     "HuggingFaceClassifier": "HuggingFaceClassifier is a whole network of transformers'",
 }
@@ -57,7 +76,11 @@ class _Swap:
         self._drop_weights(holder)
         if old.get("in_channels", 3) == 3:
             self._set_preprocessing(
-                [self.config.get("data_preprocessor"), self.config.model.get("data_preprocessor"), holder.get("data_preprocessor")]
+                [
+                    self.config.get("data_preprocessor"),
+                    self.config.model.get("data_preprocessor"),
+                    holder.get("data_preprocessor"),
+                ]
             )
         self._set_optimizer(type_name(old))
         imports = self.config.get("custom_imports") or ConfigDict(imports=[], allow_failed_imports=False)
@@ -70,18 +93,26 @@ class _Swap:
         model = self.config.get("model")
         if not isinstance(model, dict):
             raise SwapError(
-                "the config has no model, so there is no backbone to replace: it is a part for other configs, or no training config."
+                "the config has no model, so there is no backbone to replace: it is a part for other configs,"
+                " or no training config."
             )
         name = type_name(model)
         if name in _NO_BACKBONE:
             raise SwapError(f"the backbone cannot be replaced: {_NO_BACKBONE[name]}.")
         holder = model if isinstance(model.get("backbone"), dict) else model.get("detector")
         if not isinstance(holder, dict) or not isinstance(holder.get("backbone"), dict):
-            raise SwapError(f"the backbone cannot be replaced: {name} has none (no model.backbone and no model.detector.backbone).")
+            raise SwapError(
+                f"the backbone cannot be replaced: {name} has none (no model.backbone and no"
+                " model.detector.backbone)."
+            )
         if not holder["backbone"].get("type"):
-            raise SwapError(f"the backbone cannot be replaced: the {name} of this config does not say which one it has.")
+            raise SwapError(
+                f"the backbone cannot be replaced: the {name} of this config does not say which one it has."
+            )
         if type_name(holder["backbone"]) == "LaplacianFormer":
-            raise SwapError("the config has a LaplacianFormer already: set model.backbone.arch to change its size.")
+            raise SwapError(
+                "the config has a LaplacianFormer already: set model.backbone.arch to change its size."
+            )
         return holder, holder["backbone"]
 
     def _rewire(self, holder: dict[str, Any], old: dict[str, Any]) -> None:
@@ -89,12 +120,17 @@ class _Swap:
         before = measure_levels(old, self.scope)
         stages = tuple(self.backbone.get("out_indices") or choose_stages(before))
         if len(stages) != len(before.channels):
-            raise SwapError(f"out_indices is {stages}, and the config's neck or heads read {len(before.channels)} maps: give as many.")
+            raise SwapError(
+                f"out_indices is {stages}, and the config's neck or heads read {len(before.channels)} maps:"
+                " give as many."
+            )
         if "in_channels" in old:
             self.backbone.setdefault("in_channels", old["in_channels"])
         self.backbone["out_indices"] = stages
         dims = self._build_on_meta().embed_dims
-        after = Levels(tuple(dims[stage] for stage in stages), tuple(PYRAMID_STRIDES[stage] for stage in stages))
+        after = Levels(
+            tuple(dims[stage] for stage in stages), tuple(PYRAMID_STRIDES[stage] for stage in stages)
+        )
         Rewiring(holder, before, after, by_index=self.scope == "mmseg").run()
         if before.strides != after.strides:
             self.notes.append(f"its maps had strides {before.strides}, and have {after.strides} now")
@@ -105,18 +141,24 @@ class _Swap:
         width = self._build_on_meta().embed_dims[-1]
         head = model.get("head")
         if not head:
-            raise SwapError("the backbone cannot be replaced: this classifier has no head, and hands the old one's features on.")
+            raise SwapError(
+                "the backbone cannot be replaced: this classifier has no head, and hands the old one's"
+                " features on."
+            )
         model["neck"] = ConfigDict(type="GlobalAveragePooling")
         if type_name(head) in _TOKEN_HEADS:
             kept = {key: head[key] for key in _HEAD_KEYS if key in head}
             model["head"] = ConfigDict(type="LinearClsHead", in_channels=width, **kept)
             self.notes.append(f"the head {type_name(head)} read tokens, and is a LinearClsHead now")
             return
-        heads = list((head.get("task_heads") or {}).values()) if type_name(head) == "MultiTaskHead" else [head]
+        heads = (
+            list((head.get("task_heads") or {}).values()) if type_name(head) == "MultiTaskHead" else [head]
+        )
         for part in heads:
             if "in_channels" not in part:
                 raise SwapError(
-                    f"the backbone cannot be replaced: the head {type_name(part)} does not state in_channels, so what it reads is unknown."
+                    f"the backbone cannot be replaced: the head {type_name(part)} does not state in_channels,"
+                    " so what it reads is unknown."
                 )
             part["in_channels"] = width
 
@@ -134,7 +176,8 @@ class _Swap:
             if any(type_name(initializer) == "Pretrained" for initializer in initializers):
                 settings["init_cfg"] = [i for i in initializers if type_name(i) != "Pretrained"] or None
                 self.notes.append(
-                    "the weights that init_cfg loaded for the whole model are not loaded, since they belong to the old backbone"
+                    "the weights that init_cfg loaded for the whole model are not loaded, since they belong"
+                    " to the old backbone"
                 )
         if self.config.get("load_from"):
             self.config.load_from = None
@@ -148,14 +191,21 @@ class _Swap:
                 settings = settings["data_preprocessor"]
             if not isinstance(settings, dict):
                 continue
-            order = "to_rgb" if self.scope == "mmpretrain" or type_name(settings) == "ReIDDataPreprocessor" else "bgr_to_rgb"
+            order = (
+                "to_rgb"
+                if self.scope == "mmpretrain" or type_name(settings) == "ReIDDataPreprocessor"
+                else "bgr_to_rgb"
+            )
             wanted = {"mean": MEAN, "std": STD, order: True}
             if any(settings.get(key) != value for key, value in wanted.items()):
                 settings.pop("rgb_to_bgr", None)
                 settings.update(copy.deepcopy(wanted))
                 changed = True
         if changed:
-            self.notes.append("images are normalised with ImageNet's mean and deviation, red first, which is not what the old backbone had")
+            self.notes.append(
+                "images are normalised with ImageNet's mean and deviation, red first, which is not what the"
+                " old backbone had"
+            )
 
     def _set_optimizer(self, old_name: str) -> None:
         wrapper = self.config.get("optim_wrapper")
@@ -163,7 +213,8 @@ class _Swap:
             return
         if "optimizer" not in wrapper:
             raise SwapError(
-                "the backbone cannot be replaced: the config has several optimizers, and which one is the backbone's is unknown."
+                "the backbone cannot be replaced: the config has several optimizers, and which one is the"
+                " backbone's is unknown."
             )
         optimizer = wrapper["optimizer"]
         old_lr, lr_or_default = optimizer.get("lr"), optimizer.get("lr", 1e-3)
@@ -174,8 +225,8 @@ class _Swap:
             base = (self.config.get("auto_scale_lr") or {}).get("base_batch_size") or images
             new = {"type": "AdamW", "lr": lr * base / images, "weight_decay": decay}
             self.notes.append(
-                f"{type_name(optimizer)} at {old_lr} was tuned for {old_name}, and is AdamW at {new['lr']:g} with weight decay {decay:g} "
-                "now: a starting point, not a tuned recipe"
+                f"{type_name(optimizer)} at {old_lr} was tuned for {old_name}, and is AdamW at {new['lr']:g}"
+                f" with weight decay {decay:g} now: a starting point, not a tuned recipe"
             )
             self._scale_schedule(new["lr"] / lr_or_default)
         wrapper["optimizer"] = ConfigDict(new)
@@ -183,12 +234,19 @@ class _Swap:
         constructor = type_name({"type": wrapper.get("constructor")})
         if constructor not in _CONSTRUCTORS:
             wrapper.pop("constructor")
-            self.notes.append(f"{constructor} knows the layers of {old_name} alone, and is dropped: all layers have one learning rate")
+            self.notes.append(
+                f"{constructor} knows the layers of {old_name} alone, and is dropped: all layers have one"
+                " learning rate"
+            )
         rules = dict(wrapper.get("paramwise_cfg") or {}) if constructor in _CONSTRUCTORS else {}
         if type_name(optimizer) not in _ADAM:
             rules.pop("bias_lr_mult", None)
         rules.update(norm_decay_mult=0.0, bias_decay_mult=0.0, bypass_duplicate=True)
-        keys = {key: value for key, value in (rules.get("custom_keys") or {}).items() if not key.startswith("backbone.")}
+        keys = {
+            key: value
+            for key, value in (rules.get("custom_keys") or {}).items()
+            if not key.startswith("backbone.")
+        }
         if "backbone" in keys:
             # A custom key outranks the rule for norms and biases, so each of the backbone's is named.
             for name, parameter in self._build_on_meta().named_parameters():
@@ -213,7 +271,8 @@ def set_pretrained(config: Config, checkpoint: str) -> None:
 
     Args:
         config: changed in place.
-        checkpoint: path or address; a path has to be there and readable, so that a mistake shows before anything is built.
+        checkpoint: path or address; a path has to be there and readable, so that a mistake shows before
+            anything is built.
 
     Raises:
         UsageError: the config has no LaplacianFormer, or the checkpoint cannot be read.
@@ -235,13 +294,16 @@ def swap_backbone(
 ) -> Config:
     """Replace the backbone of a config by a LaplacianFormer, and rewire all that depends on it.
 
-    What changes: neck and head channels, the strides they state, auxiliary heads, image normalisation, optimizer (AdamW, no decay on
-    norms and biases; an Adam recipe keeps its learning rate, the schedule stays), and weights of the old backbone, which are dropped.
-    Levels are matched by stride where the old backbone has strides of ours, otherwise in order. A tracker's detector is changed, and
-    its re-identification model left alone. What the user of the new config should know is logged as a warning.
+    What changes: neck and head channels, the strides they state, auxiliary heads, image normalisation,
+        optimizer (AdamW, no decay on
+    norms and biases; an Adam recipe keeps its learning rate, the schedule stays), and weights of the old
+    backbone, which are dropped. Levels are matched by stride where the old backbone has strides of ours,
+    otherwise in order. A tracker's detector is changed, and its re-identification model left alone. What the
+    user of the new config should know is logged as a warning.
 
     Args:
-        cfg: path, packaged name (``mmdet::...``, ``mmseg::...``, ``mmpretrain::...``) or Config; a Config is not modified.
+        cfg: path, packaged name (``mmdet::...``, ``mmseg::...``, ``mmpretrain::...``) or Config; a Config is
+            not modified.
         arch: a preset's name, or a dict as ``LaplacianFormer`` takes it.
         pretrained: checkpoint of a LaplacianFormer: a bare backbone, a classifier, a detector or a segmentor.
         **backbone_options: any other argument of ``LaplacianFormer``, ``drop_path_rate`` for example.

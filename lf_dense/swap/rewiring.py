@@ -1,7 +1,7 @@
 """What a model's neck and heads state about their backbone, brought in line with another one.
 
-A backbone is known by its levels: channels and strides of the maps it returns. They are measured by running it once on a small image,
-so that any registered backbone can be replaced, and no table of them goes stale.
+A backbone is known by its levels: channels and strides of the maps it returns. They are measured by running
+it once on a small image, so that any registered backbone can be replaced, and no table of them goes stale.
 """
 
 from __future__ import annotations
@@ -24,23 +24,45 @@ _PASS_THROUGH_NECKS = ("GlobalAveragePooling", "GeneralizedMeanPooling")
 # These make a pyramid of maps that all have one resolution, and ours has one already.
 _RESAMPLING_NECKS = ("MultiLevelNeck", "Feature2Pyramid")
 
-_WHOLE_NETWORK = "{} is a whole segmentation network with branches of its own, and its heads read those, not a pyramid"
+_WHOLE_NETWORK = (
+    "{} is a whole segmentation network with branches of its own, and its heads read those, not a pyramid"
+)
 _REFUSED_BACKBONES = {
     **dict.fromkeys(
-        ("BiSeNetV1", "BiSeNetV2", "CGNet", "DDRNet", "ERFNet", "FastSCNN", "ICNet", "PIDNet", "STDCContextPathNet"), _WHOLE_NETWORK
+        (
+            "BiSeNetV1",
+            "BiSeNetV2",
+            "CGNet",
+            "DDRNet",
+            "ERFNet",
+            "FastSCNN",
+            "ICNet",
+            "PIDNet",
+            "STDCContextPathNet",
+        ),
+        _WHOLE_NETWORK,
     ),
     "UNet": "{} is an encoder and a decoder in one, and its heads read maps of the image's own resolution",
     "VPD": "{} is a diffusion model with its text encoder and decoder, and its heads read that",
     "HourglassNet": "{} stacks hourglasses at one resolution, and its head reads the output of each stack",
-    "TridentResNet": "{} runs each image in three branches, which the head of this detector takes apart again",
+    "TridentResNet": (
+        "{} runs each image in three branches, which the head of this detector takes apart again"
+    ),
 }
 _REFUSED_NECKS = {
-    "RFP": "the neck RFP feeds its output back into a DetectoRS_ResNet, which a LaplacianFormer has no input for",
-    "MLANeck": "the neck MLANeck adds up maps of a plain ViT that all have one size, and a pyramid's have four",
+    "RFP": (
+        "the neck RFP feeds its output back into a DetectoRS_ResNet, which a LaplacianFormer has no input for"
+    ),
+    "MLANeck": (
+        "the neck MLANeck adds up maps of a plain ViT that all have one size, and a pyramid's have four"
+    ),
 }
 _REFUSED_HEADS = {
     "DPTHead": "the head DPTHead reads the class token of a plain ViT, and a pyramid has none",
-    "LRASPPHead": "the head LRASPPHead pools with a window of 49 x 49, which is larger than the last map of a pyramid at its recipe's crop",
+    "LRASPPHead": (
+        "the head LRASPPHead pools with a window of 49 x 49, which is larger than the last map of a pyramid"
+        " at its recipe's crop"
+    ),
 }
 
 # Building a large backbone takes seconds, and a session swaps many configs of a few backbones.
@@ -70,7 +92,11 @@ def without_pretrained(settings: Any) -> Any:
     if isinstance(settings, dict):
         kept = {key: value for key, value in settings.items() if key != "pretrained"}
         if isinstance(kept.get("init_cfg"), (dict, list, tuple)):
-            kept["init_cfg"] = [i for i in as_list(kept["init_cfg"]) if type_name(i) not in ("Pretrained", "LaplacianPretrained")] or None
+            kept["init_cfg"] = [
+                i
+                for i in as_list(kept["init_cfg"])
+                if type_name(i) not in ("Pretrained", "LaplacianPretrained")
+            ] or None
         return type(settings)({key: without_pretrained(value) for key, value in kept.items()})
     if isinstance(settings, (list, tuple)):
         return type(settings)(without_pretrained(value) for value in settings)
@@ -79,7 +105,13 @@ def without_pretrained(settings: Any) -> Any:
 
 def heads_of(model: dict[str, Any]) -> list[dict[str, Any]]:
     """All heads of a model: what its keys that end with ``head`` hold."""
-    return [head for key, value in model.items() if key.endswith("head") for head in as_list(value) if isinstance(head, dict)]
+    return [
+        head
+        for key, value in model.items()
+        if key.endswith("head")
+        for head in as_list(value)
+        if isinstance(head, dict)
+    ]
 
 
 def nested(settings: Any) -> Iterator[dict[str, Any]]:
@@ -107,7 +139,10 @@ def check_replaceable(model: dict[str, Any]) -> None:
         reason = reason or _REFUSED_HEADS.get(type_name(settings), "")
         if settings.get("shared_head"):
             stage = type_name(settings["shared_head"])
-            reason = reason or f"the RoI head runs the last stage of the old one over every region ({stage}), with its channels"
+            reason = (
+                reason
+                or f"the RoI head runs the last stage of the old one over every region ({stage}), with its channels"
+            )
     if reason:
         raise SwapError(f"the backbone cannot be replaced: {reason}.")
 
@@ -147,10 +182,19 @@ def _measure(backbone: dict[str, Any], scope: str) -> Levels:
     except Exception as error:
         # Whatever a registered backbone may raise, it is why nothing is known about its levels.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise SwapError(f"the backbone {name} of the config does not run here, so its levels are not known ({reason}).") from error
+        raise SwapError(
+            f"the backbone {name} of the config does not run here, so its levels are not known ({reason})."
+        ) from error
     maps = [maps] if isinstance(maps, Tensor) else maps
-    if not isinstance(maps, (tuple, list)) or not maps or not all(isinstance(m, Tensor) and m.ndim == 4 for m in maps):
-        raise SwapError(f"the backbone cannot be replaced: {name} returns something other than maps, and this model reads that.")
+    if (
+        not isinstance(maps, (tuple, list))
+        or not maps
+        or not all(isinstance(m, Tensor) and m.ndim == 4 for m in maps)
+    ):
+        raise SwapError(
+            f"the backbone cannot be replaced: {name} returns something other than maps, and this model reads"
+            " that."
+        )
     strides = tuple(round(image.shape[-1] / m.shape[-1]) for m in maps)
     return Levels(tuple(m.shape[1] for m in maps), strides)
 
@@ -158,17 +202,21 @@ def _measure(backbone: dict[str, Any], scope: str) -> Levels:
 def choose_stages(old: Levels) -> tuple[int, ...]:
     """Our stages that stand for the levels of another backbone, one for each.
 
-    A level becomes the stage of its stride. Where that is not possible (dilated stages, a plain ViT, strides we do not have) levels
-    become stages in order, the last one our last.
+    A level becomes the stage of its stride. Where that is not possible (dilated stages, a plain ViT, strides
+    we do not have) levels become stages in order, the last one our last.
 
     Raises:
         SwapError: there are more than four levels, or later levels are finer than earlier ones.
     """
     count = len(old.strides)
     if any(later < earlier for earlier, later in zip(old.strides, old.strides[1:])):
-        raise SwapError(f"the backbone cannot be replaced: it is a decoder, whose maps get finer (strides {old.strides}).")
+        raise SwapError(
+            f"the backbone cannot be replaced: it is a decoder, whose maps get finer (strides {old.strides})."
+        )
     if count > len(PYRAMID_STRIDES):
-        raise SwapError(f"the backbone cannot be replaced: it returns {count} maps, and a LaplacianFormer has four.")
+        raise SwapError(
+            f"the backbone cannot be replaced: it returns {count} maps, and a LaplacianFormer has four."
+        )
     if len(set(old.strides)) == count and set(old.strides) <= set(PYRAMID_STRIDES):
         return tuple(PYRAMID_STRIDES.index(stride) for stride in old.strides)
     return tuple(range(len(PYRAMID_STRIDES) - count, len(PYRAMID_STRIDES)))
@@ -215,8 +263,8 @@ class Rewiring:
                 self._head(head, before, after, top=True)
         if self.count == 0 and self.old.channels != self.new.channels:
             raise SwapError(
-                f"the backbone cannot be replaced: nothing in the config states its channels {self.old.channels}, "
-                "so what reads them is unknown."
+                "the backbone cannot be replaced: nothing in the config states its channels"
+                f" {self.old.channels}, so what reads them is unknown."
             )
         self._restate_strides([*as_list(self.model.get("neck")), *heads_of(self.model)])
 
@@ -254,7 +302,10 @@ class Rewiring:
         stated = neck.get("in_channels")
         mapped = None if stated is None else _mapped(stated, old, new)
         if mapped is None:
-            raise SwapError(f"the backbone cannot be replaced: the neck {name} states in_channels={stated}, and the backbone has {old}.")
+            raise SwapError(
+                f"the backbone cannot be replaced: the neck {name} states in_channels={stated}, and the"
+                f" backbone has {old}."
+            )
         self._set(neck, "in_channels", mapped)
         if name == "SSDNeck":
             before = tuple(neck["out_channels"])
@@ -262,7 +313,8 @@ class Rewiring:
             self._set(neck, "out_channels", type(neck["out_channels"])(after))
             return before, after
         if name == "JPU":
-            # All levels but the last reach the heads as they are; the last becomes a joint one of its own width.
+            # All levels but the last reach the heads as they are; the last becomes a joint one of its own
+            # width.
             joint = neck.get("mid_channels", 512) * len(neck.get("dilations", (1, 2, 4, 8)))
             return (*old[:-1], joint), (*new[:-1], joint)
         return None, None
@@ -278,7 +330,8 @@ class Rewiring:
                     self._set(head, "in_channels", mapped)
                 elif top and self.by_index:
                     raise SwapError(
-                        f"the backbone cannot be replaced: the head {type_name(head)} states in_channels={stated}, and gets {tuple(old)}."
+                        f"the backbone cannot be replaced: the head {type_name(head)} states"
+                        f" in_channels={stated}, and gets {tuple(old)}."
                     )
         # DeepLabV3+ reads the first level besides the one that in_index names.
         if head.get("c1_in_channels"):
@@ -298,11 +351,13 @@ class Rewiring:
         for level, channels in pairs:
             if not -len(old) <= level < len(old) or old[level] != channels:
                 raise SwapError(
-                    f"the backbone cannot be replaced: the head {type_name(head)} reads level {level} with {channels} channels, "
-                    f"and the levels have {tuple(old)}."
+                    f"the backbone cannot be replaced: the head {type_name(head)} reads level {level} with"
+                    f" {channels} channels, and the levels have {tuple(old)}."
                 )
         mapped = [new[level] for level, _ in pairs]
-        self._set(head, "in_channels", type(stated)(mapped) if isinstance(stated, (list, tuple)) else mapped[0])
+        self._set(
+            head, "in_channels", type(stated)(mapped) if isinstance(stated, (list, tuple)) else mapped[0]
+        )
         # With no convolution of its own the head hands its input on, and has to have its width.
         if head.get("num_convs") == 0 and head.get("channels") == stated:
             self._set(head, "channels", mapped[0])
@@ -326,5 +381,7 @@ class Rewiring:
             for settings in nested(component):
                 for key in _STRIDE_KEYS:
                     stated = settings.get(key)
-                    if isinstance(stated, (list, tuple)) and all(isinstance(stride, int) for stride in stated):
+                    if isinstance(stated, (list, tuple)) and all(
+                        isinstance(stride, int) for stride in stated
+                    ):
                         settings[key] = type(stated)(restated(stated))

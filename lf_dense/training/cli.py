@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
-from ..errors import UsageError
 from ..frameworks import load_config, override_config
 from ..laplacianformer import ARCHS
 from ..swap.backbone import set_pretrained, swap_backbone
@@ -27,13 +24,20 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action=DictAction,
         metavar="KEY=VALUE",
-        help='override settings of the config, by dotted key; lists as key="[a,b]"; data_root=... moves all data paths at once',
+        help=(
+            'override settings of the config, by dotted key; lists as key="[a,b]"; data_root=... moves all'
+            " data paths at once"
+        ),
     )
 
 
 def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     """``--backbone`` and ``--pretrained``."""
-    parser.add_argument("--backbone", choices=ARCHS, help="put a LaplacianFormer of this size in place of the config's backbone")
+    parser.add_argument(
+        "--backbone",
+        choices=ARCHS,
+        help="put a LaplacianFormer of this size in place of the config's backbone",
+    )
     parser.add_argument("--pretrained", metavar="CKPT", help="start the LaplacianFormer from this checkpoint")
     add_trust_option(parser)
 
@@ -43,7 +47,10 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-checkpoint",
         action="store_true",
-        help="read the checkpoints named here even if they hold code, which then runs: only for files whose makers you trust",
+        help=(
+            "read the checkpoints named here even if they hold code, which then runs: only for files whose"
+            " makers you trust"
+        ),
     )
 
 
@@ -58,7 +65,9 @@ def read_config(args: argparse.Namespace) -> Config:
         trust_checkpoint(args.pretrained)
     if args.backbone:
         config = swap_backbone(config, args.backbone, args.pretrained)
-        config.setdefault("work_dir", str(DEFAULT_WORK_DIRS / f"{Path(config.filename).stem}_lf-{args.backbone}"))
+        config.setdefault(
+            "work_dir", str(DEFAULT_WORK_DIRS / f"{Path(config.filename).stem}_lf-{args.backbone}")
+        )
     elif args.pretrained:
         set_pretrained(config, args.pretrained)
     override_config(config, args.cfg_options)
@@ -67,19 +76,15 @@ def read_config(args: argparse.Namespace) -> Config:
 
 def add_launcher(parser: argparse.ArgumentParser) -> None:
     """``--launcher``, and the ``--local-rank`` that torch.distributed.launch passes."""
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="none", help="what started the processes of a distributed job")
+    parser.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="none",
+        help="what started the processes of a distributed job",
+    )
     parser.add_argument("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def set_local_rank(local_rank: int) -> None:
     """mmengine reads the rank from the environment, where torchrun puts it and the older launcher does not."""
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a command line; what its user can mend ends it with one sentence and exit code 2."""
-    try:
-        main()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -27,7 +27,9 @@ def read_scalars(work_dir: str | Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     if not records:
-        raise UsageError(f"{work_dir} holds no log (*/vis_data/scalars.json): give the work dir of a training run.")
+        raise UsageError(
+            f"{work_dir} holds no log (*/vis_data/scalars.json): give the work dir of a training run."
+        )
     return records
 
 
@@ -49,7 +51,9 @@ def read_curves(work_dir: str | Path, metric: str = "") -> tuple[dict[int, float
         elif metric in record:
             scores[iteration] = record[metric]
     if not losses:
-        raise UsageError(f"{work_dir} holds no training log: give the work dir of a training run, not of a test.")
+        raise UsageError(
+            f"{work_dir} holds no training log: give the work dir of a training run, not of a test."
+        )
     return dict(sorted(losses.items())), dict(sorted(scores.items()))
 
 
@@ -81,7 +85,13 @@ def compare_losses(groups: Mapping[str, Sequence[str | Path]], out: str | Path) 
         for run in runs:
             axes.plot(run.keys(), run.values(), color=f"C{index}", alpha=0.35, linewidth=0.9)
         label = f"{name} (mean of {len(runs)})" if len(runs) > 1 else name
-        axes.plot(shared, [sum(run[step] for run in runs) / len(runs) for step in shared], color=f"C{index}", linewidth=2, label=label)
+        axes.plot(
+            shared,
+            [sum(run[step] for run in runs) / len(runs) for step in shared],
+            color=f"C{index}",
+            linewidth=2,
+            label=label,
+        )
     axes.set(xlabel="iteration", ylabel="training loss")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -23,11 +23,13 @@ MODES = ("soft", "hard")
 class DistilledClassifier(ImageClassifier):
     """mmpretrain's ``ImageClassifier``, trained with a second loss: what a teacher says of the same, already augmented images.
 
-    ``"hard"`` is the cross-entropy to the teacher's decision, ``"soft"`` the Kullback-Leibler divergence of both distributions at a
-    temperature T, times T^2 (Touvron et al., "Training data-efficient image transformers & distillation through attention").
-    The whole loss is ``(1 - weight) loss + weight loss_distill``.
+    ``"hard"`` is the cross-entropy to the teacher's decision, ``"soft"`` the Kullback-Leibler divergence of
+    both distributions at a temperature T, times T^2 (Touvron et al., "Training data-efficient image
+    transformers & distillation through attention"). The whole loss is ``(1 - weight) loss + weight
+    loss_distill``.
 
-    The teacher is no part of the state dict and takes no gradient: checkpoints are those of an ``ImageClassifier``.
+    The teacher is no part of the state dict and takes no gradient: checkpoints are those of an
+        ``ImageClassifier``.
 
     Args:
         teacher: config of a model that maps images to logits when called with them alone:
@@ -35,8 +37,9 @@ class DistilledClassifier(ImageClassifier):
         mode: ``"hard"`` or ``"soft"``.
         weight: share of the teacher in the loss, in [0, 1].
         temperature: of ``"soft"``.
-        teacher_mean, teacher_std: normalisation that the teacher was trained with, of RGB values from 0 to 255; ImageNet's usual ones
-            by default. The student's images are turned into it from the normalisation of its ``data_preprocessor``.
+        teacher_mean, teacher_std: normalisation that the teacher was trained with, of RGB values from 0 to
+            255; ImageNet's usual ones by default. The student's images are turned into it from the
+            normalisation of its ``data_preprocessor``.
         teacher_classes: the teacher's index of each of the student's classes, where they differ.
         **kwargs: ``ImageClassifier``'s.
 
@@ -60,7 +63,10 @@ class DistilledClassifier(ImageClassifier):
         if mode not in MODES:
             raise UsageError(f"the distillation mode {mode!r} does not exist: use {' or '.join(MODES)}.")
         if not 0 <= weight <= 1 or not temperature > 0:
-            raise UsageError(f"distillation: weight {weight}, temperature {temperature}: the first is in [0, 1], the second above 0.")
+            raise UsageError(
+                f"distillation: weight {weight}, temperature {temperature}: the first is in [0, 1], the"
+                " second above 0."
+            )
         self.mode = mode
         self.weight = weight
         self.temperature = temperature
@@ -68,7 +74,8 @@ class DistilledClassifier(ImageClassifier):
         self.register_buffer("teacher_std", torch.tensor(teacher_std).view(-1, 1, 1), persistent=False)
         self.teacher_classes = None if teacher_classes is None else list(teacher_classes)
         built = MODELS.build(teacher).eval().requires_grad_(False)
-        # Beside torch's own bookkeeping: a registered teacher would be saved, counted and initialised with the student.
+        # Beside torch's own bookkeeping: a registered teacher would be saved, counted and initialised with
+        # the student.
         object.__setattr__(self, "teacher", built)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
@@ -92,8 +99,8 @@ class DistilledClassifier(ImageClassifier):
         student, teacher = self.head(feats).float(), self.teacher_logits(inputs).float()
         if student.shape != teacher.shape:
             raise UsageError(
-                f"the teacher tells {teacher.shape[1]} classes apart and the student {student.shape[1]}: give teacher_classes, "
-                "the teacher's index of each of the student's classes."
+                f"the teacher tells {teacher.shape[1]} classes apart and the student {student.shape[1]}: give"
+                " teacher_classes, the teacher's index of each of the student's classes."
             )
         if self.mode == "hard":
             distilled = F.cross_entropy(student, teacher.argmax(1))

@@ -31,7 +31,8 @@ def _shown(names: Iterable[Any]) -> str:
 def check_coco_classes(config: Config, splits: tuple[str, ...]) -> None:
     """Compare the classes of a config's COCO sets with the categories of their annotation files.
 
-    mmdet drops annotations of other categories without a word, and numbers classes in the file's order, whatever the config's is.
+    mmdet drops annotations of other categories without a word, and numbers classes in the file's order,
+    whatever the config's is.
 
     Raises:
         UsageError: a class is not in the file, or they are in another order there.
@@ -52,18 +53,23 @@ def check_coco_classes(config: Config, splits: tuple[str, ...]) -> None:
         missing = [name for name in classes if name not in names]
         if missing:
             raise UsageError(
-                f"{path} ({key}) has no category {_shown(missing)}, which the config names; it has {_shown(names)}: set metainfo.classes "
-                "of the datasets to those that you want, and num_classes of the heads to their number."
+                f"{path} ({key}) has no category {_shown(missing)}, which the config names; it has"
+                f" {_shown(names)}: set metainfo.classes of the datasets to those that you want, and"
+                " num_classes of the heads to their number."
             )
         in_file = [name for name in names if name in classes]
         if in_file != classes:
             raise UsageError(
-                f"{key} lists its classes as {_shown(classes)}, and mmdet numbers them as {path} does, {_shown(in_file)}: list them in "
-                "that order, or every prediction has another's name."
+                f"{key} lists its classes as {_shown(classes)}, and mmdet numbers them as {path} does,"
+                f" {_shown(in_file)}: list them in that order, or every prediction has another's name."
             )
         ignored = [name for name in names if name not in classes]
         if ignored:
-            print_log(f"categories of {path} that are not used: {_shown(ignored)}.", logger="current", level=logging.WARNING)
+            print_log(
+                f"categories of {path} that are not used: {_shown(ignored)}.",
+                logger="current",
+                level=logging.WARNING,
+            )
 
 
 def check_head_classes(model: nn.Module, classes: Sequence[str]) -> None:
@@ -74,12 +80,17 @@ def check_head_classes(model: nn.Module, classes: Sequence[str]) -> None:
     """
     for name, module in model.named_modules():
         count = getattr(module, "num_classes", None)
-        if not isinstance(count, int) or not type(module).__name__.endswith("Head") or "rpn" in name or "semantic" in name:
+        if (
+            not isinstance(count, int)
+            or not type(module).__name__.endswith("Head")
+            or "rpn" in name
+            or "semantic" in name
+        ):
             continue
         if count != len(classes):
             raise UsageError(
-                f"the {type(module).__name__} {name} has num_classes={count}, and the data has {len(classes)} classes ({_shown(classes)}): "
-                "set num_classes to that."
+                f"the {type(module).__name__} {name} has num_classes={count}, and the data has {len(classes)}"
+                f" classes ({_shown(classes)}): set num_classes to that."
             )
 
 
@@ -123,9 +134,9 @@ class LabelCheckHook(Hook):
         if wrong.numel():
             path = sample.metainfo.get("seg_map_path", sample.metainfo.get("img_path"))
             raise UsageError(
-                f"the label map {path} has the class {int(wrong.max())}, and the model has {head.num_classes} classes, 0 to "
-                f"{head.num_classes - 1} ({head.ignore_index} is ignored): set num_classes of the heads, or reduce_zero_label where 0 "
-                "stands for nothing and classes start at 1."
+                f"the label map {path} has the class {int(wrong.max())}, and the model has {head.num_classes}"
+                f" classes, 0 to {head.num_classes - 1} ({head.ignore_index} is ignored): set num_classes of"
+                " the heads, or reduce_zero_label where 0 stands for nothing and classes start at 1."
             )
 
     @staticmethod
@@ -134,6 +145,7 @@ class LabelCheckHook(Hook):
         label = torch.as_tensor(sample.gt_label)
         if isinstance(count, int) and label.numel() and int(label.max()) >= count:
             raise UsageError(
-                f"the image {sample.metainfo.get('img_path')} has the class {int(label.max())}, and the model has {count} classes, 0 to "
-                f"{count - 1}: set model.head.num_classes to the number of classes of the data."
+                f"the image {sample.metainfo.get('img_path')} has the class {int(label.max())}, and the model"
+                f" has {count} classes, 0 to {count - 1}: set model.head.num_classes to the number of classes"
+                " of the data."
             )

@@ -54,12 +54,16 @@ def _image_pipeline(config: Config) -> Compose:
 
 def _dataset_meta(config: Config, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
     """Class names and colours, from the checkpoint or else the config."""
-    meta = {key.lower(): value for key, value in (checkpoint.get("meta", {}).get("dataset_meta") or {}).items()}
+    meta = {
+        key.lower(): value for key, value in (checkpoint.get("meta", {}).get("dataset_meta") or {}).items()
+    }
     if not meta.get("classes"):
         (_, dataset), *_ = datasets_of(config, ("test",))
         meta = dict(dataset.get("metainfo") or {})
     if not meta.get("classes"):
-        raise UsageError(f"neither {path} nor the config names the classes: set test_dataloader.dataset.metainfo.classes.")
+        raise UsageError(
+            f"neither {path} nor the config names the classes: set test_dataloader.dataset.metainfo.classes."
+        )
     return meta
 
 
@@ -89,7 +93,11 @@ class Predictor:
         self.model.to(device).eval()
         self.meta = _dataset_meta(config, loaded, checkpoint)
         self.pipeline = _image_pipeline(config)
-        visualizer = {**config.get("visualizer", {"type": "Visualizer"}), "name": "lf_dense_predict", "vis_backends": None}
+        visualizer = {
+            **config.get("visualizer", {"type": "Visualizer"}),
+            "name": "lf_dense_predict",
+            "vis_backends": None,
+        }
         self.visualizer = VISUALIZERS.build(visualizer)
         self.visualizer.dataset_meta = {"palette": None, **self.meta}
 
@@ -99,11 +107,15 @@ class Predictor:
         data = self.pipeline({"img_path": str(image), "img_id": 0})
         return self.model.test_step(pseudo_collate([data]))[0].cpu()
 
-    def draw(self, name: str, pixels: np.ndarray, sample: BaseDataElement, out: Path, score_thr: float) -> None:
+    def draw(
+        self, name: str, pixels: np.ndarray, sample: BaseDataElement, out: Path, score_thr: float
+    ) -> None:
         """Draw a prediction over its image ``(H, W, 3)`` uint8 RGB and write the picture."""
         out.parent.mkdir(parents=True, exist_ok=True)
         if self.scope == "mmpretrain":
-            self.visualizer.visualize_cls(pixels, sample, classes=list(self.meta["classes"]), draw_gt=False, out_file=str(out))
+            self.visualizer.visualize_cls(
+                pixels, sample, classes=list(self.meta["classes"]), draw_gt=False, out_file=str(out)
+            )
             return
         options = {"pred_score_thr": score_thr} if self.scope == "mmdet" else {}
         self.visualizer.add_datasample(name, pixels, sample, draw_gt=False, out_file=str(out), **options)
@@ -111,9 +123,10 @@ class Predictor:
     def record(self, sample: BaseDataElement, score_thr: float) -> dict[str, Any]:
         """A prediction as plain JSON values.
 
-        Detection: ``predictions`` of ``bbox`` (x1, y1, x2, y2 in pixels, to the hundredth), ``score``, ``class``, and ``mask`` (COCO run
-        lengths) where the model makes masks. Segmentation: ``classes``, each class's share of the pixels. Classification:
-        ``predictions``, the five best classes with their scores.
+        Detection: ``predictions`` of ``bbox`` (x1, y1, x2, y2 in pixels, to the hundredth), ``score``,
+            ``class``, and ``mask`` (COCO run
+        lengths) where the model makes masks. Segmentation: ``classes``, each class's share of the pixels.
+        Classification: ``predictions``, the five best classes with their scores.
         """
         classes = self.meta["classes"]
         if self.scope == "mmdet":
@@ -122,16 +135,23 @@ class Predictor:
             labels, counts = np.unique(sample.pred_sem_seg.data.numpy(), return_counts=True)
             return {"classes": {classes[label]: count / counts.sum() for label, count in zip(labels, counts)}}
         scores, labels = sample.pred_score.topk(min(5, len(classes)))
-        return {"predictions": [{"class": classes[c], "score": s} for c, s in zip(labels.tolist(), scores.tolist())]}
+        return {
+            "predictions": [
+                {"class": classes[c], "score": s} for c, s in zip(labels.tolist(), scores.tolist())
+            ]
+        }
 
     @staticmethod
-    def _instances(instances: BaseDataElement, classes: list[str], score_thr: float) -> Iterator[dict[str, Any]]:
+    def _instances(
+        instances: BaseDataElement, classes: list[str], score_thr: float
+    ) -> Iterator[dict[str, Any]]:
         kept = instances[instances.scores >= score_thr]
         for index in range(len(kept)):
             found = {
                 "class": classes[int(kept.labels[index])],
                 "score": float(kept.scores[index]),
-                # Scaling back to the image leaves errors of float32 in a coordinate: 426.00003 at the border of 426.
+                # Scaling back to the image leaves errors of float32 in a coordinate: 426.00003 at the border
+                # of 426.
                 "bbox": [round(x, 2) for x in kept.bboxes[index].tolist()],
             }
             if "masks" in kept:
@@ -155,7 +175,8 @@ def predict_images(predictor: Predictor, source: str | Path, out: str | Path, sc
         The JSON file: ``{"classes": [...], "images": {path relative to source: {"height", "width", ...}}}``.
 
     Raises:
-        UsageError: no image, or some could not be read; the readable ones have been predicted and written by then.
+        UsageError: no image, or some could not be read; the readable ones have been predicted and written by
+            then.
     """
     import mmcv
     from PIL import Image
@@ -172,16 +193,23 @@ def predict_images(predictor: Predictor, source: str | Path, out: str | Path, sc
         bar.start()
     for image in images:
         name = image.relative_to(root)
-        # In its own order an undecodable file is None; converting to RGB on the way would be an error of OpenCV's.
+        # In its own order an undecodable file is None; converting to RGB on the way would be an error of
+        # OpenCV's.
         pixels = mmcv.imread(str(image))
         if pixels is None:
             unreadable.append(str(image))
         else:
             sample = predictor.predict(image)
             # The suffix stays in the name: a.jpg and a.png are two images.
-            predictor.draw(image.name, mmcv.bgr2rgb(pixels), sample, out / "pictures" / f"{name}.png", score_thr)
+            predictor.draw(
+                image.name, mmcv.bgr2rgb(pixels), sample, out / "pictures" / f"{name}.png", score_thr
+            )
             height, width = sample.ori_shape
-            records[name.as_posix()] = {"height": height, "width": width, **predictor.record(sample, score_thr)}
+            records[name.as_posix()] = {
+                "height": height,
+                "width": width,
+                **predictor.record(sample, score_thr),
+            }
             if "pred_sem_seg" in sample:
                 labels = out / "labels" / f"{name}.png"
                 labels.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +219,12 @@ def predict_images(predictor: Predictor, source: str | Path, out: str | Path, sc
     if bar:
         print()
     result = out / "predictions.json"
-    write_atomically(result, json.dumps({"classes": list(predictor.meta["classes"]), "images": records}, indent=1).encode())
+    write_atomically(
+        result, json.dumps({"classes": list(predictor.meta["classes"]), "images": records}, indent=1).encode()
+    )
     if unreadable:
-        raise UsageError(f"{len(unreadable)} of {len(images)} files could not be read as images: {', '.join(unreadable[:5])}.")
+        raise UsageError(
+            f"{len(unreadable)} of {len(images)} files could not be read as images:"
+            f" {', '.join(unreadable[:5])}."
+        )
     return result

@@ -45,13 +45,20 @@ def enable_amp(config: Config) -> None:
     """Train in mixed precision through mmengine's AmpOptimWrapper.
 
     Raises:
-        UsageError: there is no device that mmengine supports it on, or the config has another optimizer wrapper.
+        UsageError: there is no device that mmengine supports it on, or the config has another optimizer
+            wrapper.
     """
     if not has_accelerator():
-        raise UsageError("--amp needs a GPU (mmengine's AmpOptimWrapper does not run on a CPU), and none is visible: leave it out.")
+        raise UsageError(
+            "--amp needs a GPU (mmengine's AmpOptimWrapper does not run on a CPU), and none is visible: leave"
+            " it out."
+        )
     wrapper = config.optim_wrapper.get("type", "OptimWrapper")
     if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
-        raise UsageError(f"--amp replaces an OptimWrapper, and the config has {wrapper}: set mixed precision in its own options.")
+        raise UsageError(
+            f"--amp replaces an OptimWrapper, and the config has {wrapper}: set mixed precision in its own"
+            " options."
+        )
     config.optim_wrapper.type = "AmpOptimWrapper"
     config.optim_wrapper.setdefault("loss_scale", "dynamic")
 
@@ -63,7 +70,10 @@ def enable_auto_scale_lr(config: Config) -> None:
         UsageError: the config does not say which batch size that was.
     """
     if "base_batch_size" not in config.get("auto_scale_lr", {}):
-        raise UsageError("--auto-scale-lr needs the batch size that the learning rate was tuned for: set auto_scale_lr.base_batch_size.")
+        raise UsageError(
+            "--auto-scale-lr needs the batch size that the learning rate was tuned for: set"
+            " auto_scale_lr.base_batch_size."
+        )
     config.auto_scale_lr.enable = True
 
 
@@ -106,8 +116,8 @@ def keep_previous_checkpoint(config: Config) -> None:
     if hook.get("max_keep_ckpts") == 1:
         hook["max_keep_ckpts"] = 2
         print_log(
-            "default_hooks.checkpoint.max_keep_ckpts is raised from 1 to 2, since an interruption between deleting the old "
-            "checkpoint and writing the new would lose the run.",
+            "default_hooks.checkpoint.max_keep_ckpts is raised from 1 to 2, since an interruption between"
+            " deleting the old checkpoint and writing the new would lose the run.",
             logger="current",
             level=logging.WARNING,
         )
@@ -134,8 +144,8 @@ def has_accelerator() -> bool:
 def set_launcher(config: Config, launcher: str) -> None:
     """Prepare a distributed job; mmengine does the rest.
 
-    mmengine starts every launcher by choosing a GPU. Without one, torch.distributed is started here, by gloo and torchrun's variables,
-    and mmengine finds it running.
+    mmengine starts every launcher by choosing a GPU. Without one, torch.distributed is started here, by gloo
+    and torchrun's variables, and mmengine finds it running.
 
     Raises:
         UsageError: the launcher's variables are missing, or it or the model cannot work without a GPU.
@@ -145,16 +155,26 @@ def set_launcher(config: Config, launcher: str) -> None:
         return
     missing = [name for name in _RANK_VARIABLES[launcher] if name not in os.environ]
     if missing:
-        raise UsageError(f"--launcher {launcher} needs {', '.join(missing)} in the environment: {_HOW_TO_LAUNCH[launcher]}.")
+        raise UsageError(
+            f"--launcher {launcher} needs {', '.join(missing)} in the environment:"
+            f" {_HOW_TO_LAUNCH[launcher]}."
+        )
     if has_accelerator():
         return
     if launcher != "pytorch":
-        raise UsageError(f"--launcher {launcher} needs GPUs, and none is visible: on CPUs use torchrun and --launcher pytorch.")
+        raise UsageError(
+            f"--launcher {launcher} needs GPUs, and none is visible: on CPUs use torchrun and --launcher"
+            " pytorch."
+        )
     check_batch_norms(config)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
         atexit.register(_leave_process_group)
-    wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, **(config.get("model_wrapper_cfg") or {})}
+    wrapper = {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        **(config.get("model_wrapper_cfg") or {}),
+    }
     wrapper.setdefault("find_unused_parameters", config.get("find_unused_parameters", False))
     # mmengine names a GPU there, which a model on the CPU has none of.
     config.model_wrapper_cfg = {**wrapper, "device_ids": None}
@@ -187,8 +207,8 @@ def check_batch_norms(config: Config) -> None:
     keys = list(find("model", config.model))
     if keys:
         raise UsageError(
-            f"the model has SyncBN ({', '.join(keys[:3])}), which torch has for GPUs alone: for processes on CPUs set BN or GN there, "
-            f"--cfg-options {keys[0]}=BN and the like."
+            f"the model has SyncBN ({', '.join(keys[:3])}), which torch has for GPUs alone: for processes on"
+            f" CPUs set BN or GN there, --cfg-options {keys[0]}=BN and the like."
         )
 
 
@@ -299,8 +319,12 @@ def build_testing_runner(
     check_coco_classes(config, ("test",))
     if out is not None:
         if Path(out).suffix not in (".pkl", ".pickle"):
-            raise UsageError(f"--out {out}: the raw predictions are a pickle, so the name has to end in .pkl.")
-        evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
+            raise UsageError(
+                f"--out {out}: the raw predictions are a pickle, so the name has to end in .pkl."
+            )
+        evaluators = (
+            config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
+        )
         dump = "DumpDetResults" if config.default_scope == "mmdet" else "DumpResults"
         config.test_evaluator = [*evaluators, {"type": dump, "out_file_path": out}]
     if show_dir is not None:

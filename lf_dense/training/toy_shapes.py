@@ -42,7 +42,10 @@ def _shape_mask(name: str, rng: Generator, size: int) -> np.ndarray:
         angles, lengths = [aspect, math.pi - aspect, math.pi + aspect, -aspect], [radius] * 4
     else:
         angles, lengths = [2 * math.pi * i / 3 - math.pi / 2 for i in range(3)], [radius] * 3
-    corners = [(length * math.cos(angle + turn), length * math.sin(angle + turn)) for angle, length in zip(angles, lengths)]
+    corners = [
+        (length * math.cos(angle + turn), length * math.sin(angle + turn))
+        for angle, length in zip(angles, lengths)
+    ]
     return _polygon(corners, centre, size)
 
 
@@ -116,8 +119,9 @@ def _write_png(path: Path, image: np.ndarray) -> None:
 def make_shapes(out: str | Path, train: int = 400, val: int = 80, size: int = 192, seed: int = 0) -> Path:
     """Write the set: ``train/``, ``val/`` (PNG), ``semantic/{train,val}/`` (class indices) and ``annotations/instances_*.json``.
 
-    The same arguments give the same bytes in every image and annotation; each image depends on the seed and its own number
-    alone. Pixel coordinates throughout; boxes are ``[x, y, width, height]`` of the visible part.
+    The same arguments give the same bytes in every image and annotation; each image depends on the seed and
+    its own number alone. Pixel coordinates throughout; boxes are ``[x, y, width, height]`` of the visible
+    part.
 
     Args:
         out: folder, created where needed; a complete set made by the same arguments is left as it is.
@@ -129,7 +133,10 @@ def make_shapes(out: str | Path, train: int = 400, val: int = 80, size: int = 19
         UsageError: an argument is out of range.
     """
     if train < 1 or val < 1 or size < 64 or seed < 0:
-        raise UsageError(f"a set of {train} + {val} images of {size} pixels, seed {seed}: needs 1 + 1 images, 64 pixels, seed 0 or more.")
+        raise UsageError(
+            f"a set of {train} + {val} images of {size} pixels, seed {seed}: needs 1 + 1 images, 64 pixels,"
+            " seed 0 or more."
+        )
     out = Path(out)
     done = out / "made_by.json"
     arguments = json.dumps({"train": train, "val": val, "size": size, "seed": seed, "version": 1})
@@ -150,7 +157,9 @@ def make_shapes(out: str | Path, train: int = 400, val: int = 80, size: int = 19
             images.append({"id": image_id, "file_name": name, "width": size, "height": size})
             for label, mask in instances:
                 annotations.append(_annotation(len(annotations) + 1, image_id, label, mask))
-        categories = [{"id": index, "name": name, "supercategory": "shape"} for index, name in enumerate(CLASSES, 1)]
+        categories = [
+            {"id": index, "name": name, "supercategory": "shape"} for index, name in enumerate(CLASSES, 1)
+        ]
         content = {"images": images, "annotations": annotations, "categories": categories}
         write_atomically(out / "annotations" / f"instances_{split}.json", json.dumps(content).encode())
     write_atomically(done, arguments.encode())

@@ -26,8 +26,8 @@ SOURCES = ("auto", *_KNOWN)
 class LoadReport(NamedTuple):
     """What a load did, by names of the backbone's tensors (``taken``, ``converted``, ``left``) and of the file's (``unused``).
 
-    ``converted`` gives where a tensor was cut or reshaped from, ``left`` why one keeps its initial values, ``share`` the part of the
-    backbone's numbers that arrived.
+    ``converted`` gives where a tensor was cut or reshaped from, ``left`` why one keeps its initial values,
+    ``share`` the part of the backbone's numbers that arrived.
     """
 
     source: str
@@ -40,11 +40,17 @@ class LoadReport(NamedTuple):
     share: float
 
     def __str__(self) -> str:
-        text = f"{self.form} in {self.source}: {self.share:.1%} of the backbone's numbers, {len(self.taken)} tensors taken"
+        text = (
+            f"{self.form} in {self.source}: {self.share:.1%} of the backbone's numbers, {len(self.taken)}"
+            " tensors taken"
+        )
         if self.converted:
             text += f", {len(self.converted)} converted"
         if self.left:
-            text += f"; {len(self.left)} left at initialisation: {_first(f'{name} ({reason})' for name, reason in self.left.items())}"
+            text += (
+                f"; {len(self.left)} left at initialisation:"
+                f" {_first(f'{name} ({reason})' for name, reason in self.left.items())}"
+            )
         if self.unused:
             text += f"; {len(self.unused)} of the file's not used: {_first(self.unused)}"
         return "; ".join((text, *self.notes))
@@ -78,7 +84,8 @@ def _first(items: Iterable[str], count: int = 3) -> str:
 def find_backbone(checkpoint: Any, source: str, form: str = "auto") -> FoundBackbone:
     """A LaplacianFormer's or a PVTv2's tensors in a checkpoint, by LaplacianFormer's names.
 
-    A bare backbone, a classifier, a detector and a segmentor are told apart by the prefix of a backbone's first keys.
+    A bare backbone, a classifier, a detector and a segmentor are told apart by the prefix of a backbone's
+    first keys.
 
     Args:
         checkpoint: as ``read_checkpoint`` gives it.
@@ -90,7 +97,9 @@ def find_backbone(checkpoint: Any, source: str, form: str = "auto") -> FoundBack
         ValueError: an unknown form.
     """
     if form not in SOURCES:
-        raise ValueError(f"the form {form!r} of a checkpoint does not exist: use one of {', '.join(SOURCES)}.")
+        raise ValueError(
+            f"the form {form!r} of a checkpoint does not exist: use one of {', '.join(SOURCES)}."
+        )
     tensors = tensors_of(checkpoint)
     candidates = list(_KNOWN.values()) if form == "auto" else [_KNOWN[form]]
     for candidate in candidates:
@@ -109,10 +118,15 @@ def find_backbone(checkpoint: Any, source: str, form: str = "auto") -> FoundBack
         return FoundBackbone(candidate.title, converted.tensors, converted.changed, unused, converted.notes)
     looked_for = ", ".join(candidate.title for candidate in candidates)
     seen = _first(tensors) or "no tensors at all"
-    raise UsageError(f"the checkpoint {source} has no LaplacianFormer in it that could be told by its keys ({looked_for}); it has {seen}.")
+    raise UsageError(
+        f"the checkpoint {source} has no LaplacianFormer in it that could be told by its keys ({looked_for});"
+        f" it has {seen}."
+    )
 
 
-def compare(wanted: Mapping[str, Tensor], found: FoundBackbone, source: str) -> tuple[LoadReport, dict[str, Tensor]]:
+def compare(
+    wanted: Mapping[str, Tensor], found: FoundBackbone, source: str
+) -> tuple[LoadReport, dict[str, Tensor]]:
     """What a backbone with the state dict ``wanted`` would take from a checkpoint: the report, and the tensors."""
     left = {name: _why_missing(name, found) for name in wanted if name not in found.tensors}
     left.update(
@@ -130,38 +144,45 @@ def compare(wanted: Mapping[str, Tensor], found: FoundBackbone, source: str) -> 
     return LoadReport(source, found.form, taken, converted, left, unused, found.notes, share), loaded
 
 
-def load_pretrained(backbone: nn.Module, source: str | Path, strict: bool = True, form: str = "auto") -> LoadReport:
+def load_pretrained(
+    backbone: nn.Module, source: str | Path, strict: bool = True, form: str = "auto"
+) -> LoadReport:
     """Load a backbone's weights from a checkpoint of it, of any model with it, or of a PVTv2.
 
-    Block i takes what block i of the file has. What the file lacks, or has in another shape, keeps its initial values and is named
-    in the report. Landmarks and image size are no weights: any checkpoint fits any of them.
+    Block i takes what block i of the file has. What the file lacks, or has in another shape, keeps its
+    initial values and is named in the report. Landmarks and image size are no weights: any checkpoint fits
+    any of them.
 
     Args:
         backbone: a ``LaplacianFormer``.
         source: a path, an address, or one of mmengine's prefixes; ``.pth`` or ``.safetensors``.
         strict: refuse a file that covers less than nine tenths of the backbone's numbers.
-        form: what is in the file, one of ``SOURCES``: ``"laplacianformer"``, ``"pvtv2"`` (whai362/PVT), ``"timm"``, ``"mmdet"``;
-            ``"auto"`` tells by the keys.
+        form: what is in the file, one of ``SOURCES``: ``"laplacianformer"``, ``"pvtv2"`` (whai362/PVT),
+            ``"timm"``, ``"mmdet"``; ``"auto"`` tells by the keys.
 
     Returns:
         What was taken and what was not; it is logged as well.
 
     Raises:
-        UsageError: the file cannot be read, has no such backbone, NaN or infinite weights, or (``strict``) too little of this one;
-            the backbone is unchanged.
+        UsageError: the file cannot be read, has no such backbone, NaN or infinite weights, or (``strict``)
+            too little of this one; the backbone is unchanged.
     """
     source = str(source)
     found = find_backbone(read_checkpoint(source), source, form)
     report, loaded = compare(backbone.state_dict(), found, source)
     if report.share == 0 or (strict and report.share < MIN_SHARE):
         raise UsageError(
-            f"only {report.share:.1%} of the backbone is in {source} ({found.form}), and {MIN_SHARE:.0%} is the least that is loaded: "
-            f"{_first(f'{name} ({reason})' for name, reason in report.left.items())}; "
-            "use the arch that it was trained with, or strict=False for a part."
+            f"only {report.share:.1%} of the backbone is in {source} ({found.form}), and {MIN_SHARE:.0%} is"
+            " the least that is loaded:"
+            f" {_first(f'{name} ({reason})' for name, reason in report.left.items())}; use the arch that it"
+            " was trained with, or strict=False for a part."
         )
     broken = [name for name, value in loaded.items() if not value.isfinite().all()]
     if broken:
-        raise UsageError(f"the checkpoint {source} has NaN or infinite weights: {_first(broken)}; use an earlier one of that run.")
+        raise UsageError(
+            f"the checkpoint {source} has NaN or infinite weights: {_first(broken)}; use an earlier one of"
+            " that run."
+        )
     backbone.load_state_dict(loaded, strict=False)
     print_log(f"{report}.", logger="current", level=logging.WARNING if report.left else logging.INFO)
     return report

@@ -40,7 +40,10 @@ def arch_of(tensors: Mapping[str, Tensor]) -> str | dict[str, tuple[int, ...]]:
     Raises:
         UsageError: a stage is missing.
     """
-    blocks = [{int(key.split(".")[3]) for key in tensors if key.startswith(f"stages.{stage}.blocks.")} for stage in range(4)]
+    blocks = [
+        {int(key.split(".")[3]) for key in tensors if key.startswith(f"stages.{stage}.blocks.")}
+        for stage in range(4)
+    ]
     if not all(blocks):
         raise UsageError("the weights are not a whole LaplacianFormer: a stage has no blocks.")
     dims = [tensors[f"stages.{stage}.norm.weight"].shape[0] for stage in range(4)]
@@ -62,7 +65,9 @@ def _metrics(checkpoint: Mapping[str, Any]) -> dict[str, float]:
     return {
         name.partition("/")[2]: float(values.current())
         for name, values in logged.items()
-        if name.startswith("val/") and isinstance(values, HistoryBuffer) and not name.endswith(("/time", "/data_time"))
+        if name.startswith("val/")
+        and isinstance(values, HistoryBuffer)
+        and not name.endswith(("/time", "/data_time"))
     }
 
 
@@ -82,11 +87,16 @@ def describe(checkpoint: Mapping[str, Any], found: FoundBackbone, **stated: Any)
     ``published_with`` are the versions of this environment, not of the one that trained.
     """
     meta = checkpoint.get("meta") if isinstance(checkpoint.get("meta"), dict) else {}
-    described = {"arch": arch_of(found.tensors), **{key: meta[key] for key in _KEPT_META if meta.get(key) is not None}}
+    described = {
+        "arch": arch_of(found.tensors),
+        **{key: meta[key] for key in _KEPT_META if meta.get(key) is not None},
+    }
     described["recipe"] = meta.get("experiment_name")
     described["metrics"] = _metrics(checkpoint)
     # What an earlier publication said stays said.
-    described.update({key: meta[key] for key in ("recipe", "dataset", "metrics", "converted_from") if meta.get(key)})
+    described.update(
+        {key: meta[key] for key in ("recipe", "dataset", "metrics", "converted_from") if meta.get(key)}
+    )
     described.update({key: value for key, value in stated.items() if value})
     described["published_with"] = _versions()
     return described
@@ -103,10 +113,15 @@ def _encode_safetensors(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) 
         from safetensors.torch import save
     except ImportError as error:
         raise UsageError("writing safetensors needs its package: pip install safetensors.") from error
-    return save(dict(tensors), {"format": "pt", **{key: json.dumps(value, default=str) for key, value in meta.items()}})
+    return save(
+        dict(tensors),
+        {"format": "pt", **{key: json.dumps(value, default=str) for key, value in meta.items()}},
+    )
 
 
-def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], hashed: bool = False) -> Path:
+def write_checkpoint(
+    path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], hashed: bool = False
+) -> Path:
     """Write tensors and metadata, ``.safetensors`` or ``.pth`` by the path's ending, whole or not at all.
 
     Args:
@@ -123,7 +138,10 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapp
     """
     path = Path(path)
     if path.suffix[1:] not in FORMATS:
-        raise UsageError(f"{path} ends in neither {' nor '.join(f'.{ending}' for ending in FORMATS)}: the ending decides the format.")
+        raise UsageError(
+            f"{path} ends in neither {' nor '.join(f'.{ending}' for ending in FORMATS)}: the ending decides"
+            " the format."
+        )
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     content = (_encode_safetensors if path.suffix == ".safetensors" else _encode_pth)(tensors, meta)
     if hashed:
@@ -133,16 +151,20 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapp
     return path
 
 
-def publish(source: str | Path, out: str | Path, backbone_only: bool = False, **stated: Any) -> tuple[Path, dict[str, Any]]:
+def publish(
+    source: str | Path, out: str | Path, backbone_only: bool = False, **stated: Any
+) -> tuple[Path, dict[str, Any]]:
     """Write a training checkpoint's weights and metadata without its optimizer, schedulers, logs and second set of weights.
 
-    Where an exponential moving average was kept, mmengine's ``state_dict`` is the averaged one already, and that is what is published.
+    Where an exponential moving average was kept, mmengine's ``state_dict`` is the averaged one already, and
+    that is what is published.
 
     Args:
         source: a checkpoint of a LaplacianFormer or a model with one.
         out: the file to write, ``.pth`` or ``.safetensors``; the hash is put into its name.
         backbone_only: the backbone's tensors by its own names, without a neck and heads.
-        stated: metadata to add or to put in the place of the file's: ``dataset``, ``recipe``, ``metrics``, ...
+        stated: metadata to add or to put in the place of the file's: ``dataset``, ``recipe``, ``metrics``,
+            ...
 
     Returns:
         The path and the metadata.

@@ -1,6 +1,7 @@
 """PVTv2's weights under LaplacianFormer's names; the two pyramids share everything but the attention's middle.
 
-Three public forms are known by their keys: the authors' (whai362/PVT), timm's and mmdetection's. Needs torch alone.
+Three public forms are known by their keys: the authors' (whai362/PVT), timm's and mmdetection's. Needs torch
+alone.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ class Form(NamedTuple):
 class Converted(NamedTuple):
     """What became of a state dict.
 
-    ``tensors`` have the backbone's names; ``changed`` says of those that were split or reshaped where they are from; ``unused`` are
-    the file's tensors that have no place here, and ``notes`` what a user should know.
+    ``tensors`` have the backbone's names; ``changed`` says of those that were split or reshaped where they
+    are from; ``unused`` are the file's tensors that have no place here, and ``notes`` what a user should
+    know.
     """
 
     tensors: dict[str, Tensor]
@@ -60,7 +62,11 @@ FORMS = {
     ),
     "mmdet": Form(
         "mmdetection's PyramidVisionTransformerV2",
-        ("layers.0.0.projection.weight", "layers.0.1.0.attn.attn.in_proj_weight", "layers.0.1.0.ffn.layers.4.weight"),
+        (
+            "layers.0.0.projection.weight",
+            "layers.0.1.0.attn.attn.in_proj_weight",
+            "layers.0.1.0.ffn.layers.4.weight",
+        ),
         (
             (r"^layers\.(\d)\.0\.projection\.", r"stages.\1.patch_embed.proj."),
             (r"^layers\.(\d)\.0\.norm\.", r"stages.\1.patch_embed.norm."),
@@ -110,5 +116,8 @@ def convert_pvtv2(state_dict: Mapping[str, Tensor], form: Form) -> Converted:
             tensors[name] = value
     notes = []
     if any(re.search(r"stages\.3\.|block4\.", key) and ".attn.sr." in key for key in unused):
-        notes.append("a linear PVTv2 (b2_li) has a ReLU between fc1 and the depthwise convolution, and this backbone has none")
+        notes.append(
+            "a linear PVTv2 (b2_li) has a ReLU between fc1 and the depthwise convolution, and this backbone"
+            " has none"
+        )
     return Converted(tensors, changed, tuple(unused), tuple(notes))

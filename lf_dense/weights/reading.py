@@ -1,7 +1,7 @@
 """The one reader of checkpoints: plain data come out of a file, and no code in it runs.
 
-Every tool reads through ``read_checkpoint``. ``guard_mmengine`` puts it behind mmengine's own loading too, so that
-``--resume``, ``load_from`` and ``init_cfg`` read alike.
+Every tool reads through ``read_checkpoint``. ``guard_mmengine`` puts it behind mmengine's own loading too, so
+that ``--resume``, ``load_from`` and ``init_cfg`` read alike.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _safe_classes(take_names: bool) -> list[Any]:
         take_names: torch takes ``(object, name in the file)`` pairs, from 2.6 on. Older torch reads less.
     """
     classes: list[Any] = [HistoryBuffer, Config, ConfigDict, slice, np.ndarray]
-    classes += {type(np.dtype(kind)) for kind in (*np.typecodes["AllInteger"], *np.typecodes["AllFloat"], *"?SU")}
+    classes += {
+        type(np.dtype(kind)) for kind in (*np.typecodes["AllInteger"], *np.typecodes["AllFloat"], *"?SU")
+    }
     if take_names:
         reconstruct, scalar = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
         # numpy 2 has moved its modules, and files are older and newer than the move.
@@ -127,14 +129,19 @@ def _unpickle(path: Path) -> Any:
 def _refusal(source: str | Path, error: Exception) -> UsageError:
     """The sentence for a file that could not be unpickled."""
     # torch's advice stands before its own reason, and ends after it.
-    reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2].partition(" Check the doc")[0]
+    reason = (
+        " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2].partition(" Check the doc")[0]
+    )
     found = _NAMED_TYPE.search(reason)
     if found:
         return UsageError(
             f"the checkpoint {source} holds {found[1]}, which could run code when it is read: ask for a file "
             "with weights alone, or give --trust-checkpoint if you trust whoever made it."
         )
-    return UsageError(f"the checkpoint {source} cannot be read as weights alone ({type(error).__name__}: {reason[:300]}): use another.")
+    return UsageError(
+        f"the checkpoint {source} cannot be read as weights alone ({type(error).__name__}: {reason[:300]}):"
+        " use another."
+    )
 
 
 def _is_archive(path: Path) -> bool:
@@ -154,8 +161,8 @@ def _check_archive(path: Path) -> None:
         declared = sum(entry.file_size for entry in archive.infolist())
         if declared > size:
             raise UsageError(
-                f"the checkpoint {path} has {size} bytes and would unpack to {declared}: PyTorch does not compress, "
-                "so it did not write this file; use another."
+                f"the checkpoint {path} has {size} bytes and would unpack to {declared}: PyTorch does not"
+                " compress, so it did not write this file; use another."
             )
         damaged = archive.testzip()
     if damaged is not None:
@@ -183,7 +190,9 @@ def _check_file(path: Path, unpickle: bool) -> None:
     except Exception as error:  # the readers fail on damaged bytes in every way there is
         if _NAMED_TYPE.search(str(error)):
             raise _refusal(path, error) from error
-        raise UsageError(f"the checkpoint {path} ({size} bytes) is truncated or not a PyTorch checkpoint: use another.") from error
+        raise UsageError(
+            f"the checkpoint {path} ({size} bytes) is truncated or not a PyTorch checkpoint: use another."
+        ) from error
 
 
 def check_checkpoint(path: str | Path) -> None:
@@ -231,7 +240,10 @@ def _json_or_text(text: str) -> Any:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     with open_safetensors(path) as file:
         meta = {key: _json_or_text(value) for key, value in (file.metadata() or {}).items()}
-        return {"state_dict": {key: file.get_tensor(key) for key in file.keys()}, "meta": meta}  # noqa: SIM118
+        return {
+            "state_dict": {key: file.get_tensor(key) for key in file.keys()},
+            "meta": meta,
+        }
 
 
 def _tensors_within(value: Any) -> Iterator[Tensor]:
@@ -252,7 +264,9 @@ def _check_tensors(content: Any, size: int) -> None:
     claimed = 0
     for tensor in _tensors_within(content):
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ValueError(f"it has a tensor of {tensor.layout} on {tensor.device}, and plain tensors alone are read")
+            raise ValueError(
+                f"it has a tensor of {tensor.layout} on {tensor.device}, and plain tensors alone are read"
+            )
         claimed += tensor.numel() * tensor.element_size()
     if claimed > 16 * size + _REPEATED_BYTES:
         raise ValueError(f"its tensors would take {claimed} bytes, and the file has {size}")
@@ -268,14 +282,15 @@ def _read_local(path: Path, trusted: bool) -> Any:
 def read_checkpoint(source: str | Path) -> dict[str, Any]:
     """Read a checkpoint, ``.pth`` or ``.safetensors``, as plain data on the CPU: no code in it is run.
 
-    Tensors, plain values, and what mmengine keeps beside them (its logs and configs, numpy's scalars and arrays of
-    numbers) are read. A file with more is refused, unless ``trust_checkpoint`` was called for it.
+    Tensors, plain values, and what mmengine keeps beside them (its logs and configs, numpy's scalars and
+    arrays of numbers) are read. A file with more is refused, unless ``trust_checkpoint`` was called for it.
 
     Args:
         source: a path, an address, or one of mmengine's prefixes.
 
     Raises:
-        UsageError: it is not there, damaged, no dictionary, or holds other objects; the message names their type.
+        UsageError: it is not there, damaged, no dictionary, or holds other objects; the message names their
+            type.
     """
     source = str(source)
     trusted = source in _trusted
@@ -293,7 +308,10 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
     except Exception as error:  # hostile and damaged files fail in every way there is
         raise _refusal(source, error) from error
     if not isinstance(content, dict):
-        raise UsageError(f"the checkpoint {source} holds a {type(content).__name__}, and a dictionary of weights is expected.")
+        raise UsageError(
+            f"the checkpoint {source} holds a {type(content).__name__}, and a dictionary of weights is"
+            " expected."
+        )
     return content
 
 
@@ -312,7 +330,8 @@ def _load_from_safe_reader(filename: str, map_location: Any = None, **unused: An
     checkpoint = read_checkpoint(filename)
     meta = checkpoint.get("meta")
     if isinstance(meta, dict) and "config" in meta:
-        # mmengine's resume runs this text as a Python config, to warn of another number of GPUs. Its own files have none.
+        # mmengine's resume runs this text as a Python config, to warn of another number of GPUs. Its own
+        # files have none.
         del meta["config"]
         print_log(
             f"meta.config of {filename} is left out, since resuming would run it as Python.",
@@ -324,6 +343,7 @@ def _load_from_safe_reader(filename: str, map_location: Any = None, **unused: An
 
 def guard_mmengine() -> None:
     """Make all of mmengine's loading in this process go through ``read_checkpoint``, whatever the address."""
-    # The table is private, and the only way to miss no scheme that mmengine, or another package, has registered.
+    # The table is private, and the only way to miss no scheme that mmengine, or another package, has
+    # registered.
     schemes = tuple(CheckpointLoader._schemes)
     CheckpointLoader.register_scheme(schemes, _load_from_safe_reader, force=True)

@@ -56,7 +56,10 @@ def latest_good_checkpoint(work_dir: str | Path) -> str:
             print_log(f"passed over: {error}", logger="current", level=logging.WARNING)
         else:
             return str(path)
-    raise UsageError(f"there is nothing to resume in {work_dir}: no readable epoch_*.pth or iter_*.pth; start without --resume.")
+    raise UsageError(
+        f"there is nothing to resume in {work_dir}: no readable epoch_*.pth or iter_*.pth; start without"
+        " --resume."
+    )
 
 
 def remove_leftovers(work_dir: str | Path) -> None:
@@ -68,7 +71,8 @@ def remove_leftovers(work_dir: str | Path) -> None:
 def load_weights(model: nn.Module, checkpoint: str, state_dict: dict[str, torch.Tensor]) -> None:
     """Load a checkpoint that has to cover every parameter and buffer of a model.
 
-    The model's own hooks for old or resized weights run first, and a wrapper for distributed data is looked through.
+    The model's own hooks for old or resized weights run first, and a wrapper for distributed data is looked
+    through.
 
     Raises:
         UsageError: something is missing or has another shape; the first few are named.
@@ -77,15 +81,19 @@ def load_weights(model: nn.Module, checkpoint: str, state_dict: dict[str, torch.
         model = model.module
     state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
     try:
-        problems = [f"{name} (missing)" for name in model.load_state_dict(state_dict, strict=False).missing_keys]
+        problems = [
+            f"{name} (missing)" for name in model.load_state_dict(state_dict, strict=False).missing_keys
+        ]
     except RuntimeError as error:
-        # torch reports each tensor of another shape on a line of its own, below a first line about all of them.
+        # torch reports each tensor of another shape on a line of its own, below a first line about all of
+        # them.
         problems = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UsageError(
-            f"the checkpoint {checkpoint} does not fit the config's model, {len(problems)} of {len(model.state_dict())} tensors: "
-            f"{', '.join(problems[:3])}{more}; use the config that it was trained with."
+            f"the checkpoint {checkpoint} does not fit the config's model, {len(problems)} of"
+            f" {len(model.state_dict())} tensors: {', '.join(problems[:3])}{more}; use the config that it was"
+            " trained with."
         )
 
 
@@ -102,20 +110,24 @@ def check_resumable(checkpoint: dict[str, Any], source: str, has_schedule: bool 
     """
     meta = checkpoint.get("meta") if isinstance(checkpoint.get("meta"), dict) else {}
     missing = [f"meta.{key}" for key in ("epoch", "iter") if not isinstance(meta.get(key), int)]
-    missing += [key for key in ("state_dict", "optimizer", "message_hub") if not isinstance(checkpoint.get(key), dict)]
+    missing += [
+        key for key in ("state_dict", "optimizer", "message_hub") if not isinstance(checkpoint.get(key), dict)
+    ]
     if has_schedule and not isinstance(checkpoint.get("param_schedulers"), (list, dict)):
         missing.append("param_schedulers")
     if missing:
         raise UsageError(
-            f"the checkpoint {source} cannot be resumed, since it has no {', '.join(missing)}: give a checkpoint of the "
-            f"training run itself, or start from its weights with --cfg-options load_from={source}."
+            f"the checkpoint {source} cannot be resumed, since it has no {', '.join(missing)}: give a"
+            " checkpoint of the training run itself, or start from its weights with --cfg-options"
+            f" load_from={source}."
         )
 
 
 class CheckpointCheckHook(Hook):
     """Looks at a checkpoint that mmengine has read, before anything of it is loaded.
 
-    Resuming needs every tensor of the model and the optimizer's groups, ``load_from`` at least one tensor that fits.
+    Resuming needs every tensor of the model and the optimizer's groups, ``load_from`` at least one tensor
+    that fits.
 
     Args:
         source: what messages call the checkpoint.
@@ -149,16 +161,19 @@ class CheckpointCheckHook(Hook):
         sizes = [[len(group["params"]) for group in state["param_groups"]] for state in (saved, current)]
         if sizes[0] != sizes[1]:
             raise UsageError(
-                f"the checkpoint {self.source} cannot be resumed: its optimizer has {sum(sizes[0])} parameters in "
-                f"{len(sizes[0])} groups, and the config's {sum(sizes[1])} in {len(sizes[1])}; use the config that it was "
-                f"trained with, or start from its weights with --cfg-options load_from={self.source}."
+                f"the checkpoint {self.source} cannot be resumed: its optimizer has {sum(sizes[0])}"
+                f" parameters in {len(sizes[0])} groups, and the config's {sum(sizes[1])} in {len(sizes[1])};"
+                " use the config that it was trained with, or start from its weights with --cfg-options"
+                f" load_from={self.source}."
             )
 
     def _check_overlap(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         wanted = {name.removeprefix("module."): value.shape for name, value in model.state_dict().items()}
-        if not any(wanted.get(name.removeprefix("module.")) == value.shape for name, value in tensors.items()):
+        if not any(
+            wanted.get(name.removeprefix("module.")) == value.shape for name, value in tensors.items()
+        ):
             some = ", ".join(list(tensors)[:3]) or "no tensors at all"
             raise UsageError(
-                f"load_from: no tensor of the checkpoint {self.source} fits the model; it has {some}. A backbone alone is "
-                "started with --pretrained."
+                f"load_from: no tensor of the checkpoint {self.source} fits the model; it has {some}. A"
+                " backbone alone is started with --pretrained."
             )

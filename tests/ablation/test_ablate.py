@@ -12,7 +12,12 @@ import torch
 from PIL import Image
 
 from lf_dense import LaplacianAttention
-from lf_dense.ablation.attentions import ExactLaplacianAttention, GaussianAttention, SoftmaxAttention, SpatialReductionAttention
+from lf_dense.ablation.attentions import (
+    ExactLaplacianAttention,
+    GaussianAttention,
+    SoftmaxAttention,
+    SpatialReductionAttention,
+)
 from lf_dense.attention import rotary_table, rotate
 from support.driving import ROOT, load_tool
 
@@ -79,7 +84,9 @@ def test_spatial_reduction_attends_to_the_smaller_map():
     layer, x = SpatialReductionAttention(16, 2, reduction=2, rotary=False), torch.randn(2, 30, 16)
     smaller = layer.norm(layer.sr(x.mT.unflatten(2, HW)).flatten(2).mT)
     assert smaller.shape == (2, 6, 16)
-    q, k, v = (y.unflatten(2, (2, 8)).transpose(1, 2) for y in (layer.q(x), layer.k(smaller), layer.v(smaller)))
+    q, k, v = (
+        y.unflatten(2, (2, 8)).transpose(1, 2) for y in (layer.q(x), layer.k(smaller), layer.v(smaller))
+    )
     torch.testing.assert_close(layer(x, HW), put_together(layer, (q @ k.mT / 8**0.5).softmax(-1) @ v, x))
 
 
@@ -91,7 +98,11 @@ def test_the_attention_is_the_only_difference(ablate):
         models[name] = ablate.build_model(ablate.VARIANTS[name], recipe, 10)
     base = models[ablate.BASELINE].state_dict()
     extra = {name: set(model.state_dict()) - set(base) for name, model in models.items()}
-    assert {name for name, keys in extra.items() if keys} == {"learned_scale", "gaussian_learned_scale", "spatial_reduction"}
+    assert {name for name, keys in extra.items() if keys} == {
+        "learned_scale",
+        "gaussian_learned_scale",
+        "spatial_reduction",
+    }
     assert all(set(base) <= set(model.state_dict()) for model in models.values())
     for name, model in models.items():
         if name != "spatial_reduction":
@@ -101,7 +112,9 @@ def test_the_attention_is_the_only_difference(ablate):
         out.sum().backward()
         # The bias of keys cannot change a softmax, but everything has to be in the graph.
         assert all(parameter.grad is not None for parameter in model.parameters()), name
-    attentions = [module for module in models[ablate.BASELINE].modules() if isinstance(module, LaplacianAttention)]
+    attentions = [
+        module for module in models[ablate.BASELINE].modules() if isinstance(module, LaplacianAttention)
+    ]
     assert {type(module) for module in attentions} == {LaplacianAttention}
     assert len(attentions) == sum(recipe.depths)
 
@@ -136,9 +149,16 @@ def write_archive(path, per_class=40):
 
 
 def run(*arguments):
-    blocked = "import sys; sys.modules.update(dict.fromkeys(('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')));"
-    code = f"{blocked} import runpy; sys.argv = {['ablate.py', *map(str, arguments)]!r}; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    blocked = (
+        "import sys; sys.modules.update(dict.fromkeys(('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')));"
+    )
+    code = (
+        f"{blocked} import runpy; sys.argv = {['ablate.py', *map(str, arguments)]!r};"
+        f" runpy.run_path({str(TOOL)!r}, run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def test_the_tool_from_images_to_table_without_mm_packages(tmp_path):

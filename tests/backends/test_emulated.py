@@ -21,14 +21,25 @@ def test_emulation_catches_what_a_gpu_would_get_wrong(tmp_path):
     program = tmp_path / "selftest"
     source = emulated.EMULATION / "selftest.cpp"
     compiler = os.environ.get("CXX", "g++")
-    emulated.run(f"{compiler} -std=c++20 -O1 -I{emulated.EMULATION} -isystem {headers} {shlex.quote(str(source))} -o {program}")
+    emulated.run(
+        f"{compiler} -std=c++20 -O1 -I{emulated.EMULATION} -isystem {headers} {shlex.quote(str(source))} -o"
+        f" {program}"
+    )
     for order in ORDERS:
-        done = subprocess.run([program], env={**os.environ, "LF_EMULATION_ORDER": order}, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [program],
+            env={**os.environ, "LF_EMULATION_ORDER": order},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.strip().endswith("ok")
 
 
-@pytest.mark.parametrize("shape", [{"n": 150, "d": 12, "m": 9}, {"n": 70, "d": 64, "m": 60}, {"n": 40, "d": 128, "m": 33}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{"n": 150, "d": 12, "m": 9}, {"n": 70, "d": 64, "m": 60}, {"n": 40, "d": 128, "m": 33}], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_threads_may_run_in_any_order(shape, dtype, monkeypatch):
     emulated.install(monkeypatch)
@@ -53,7 +64,9 @@ def test_threads_may_run_in_any_order(shape, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("m", [9, 60])
-@pytest.mark.parametrize(("limit", "d"), [(101376, 64), (166912, 128), (232448, 128)], ids=["sm_86", "sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("limit", "d"), [(101376, 64), (166912, 128), (232448, 128)], ids=["sm_86", "sm_80", "sm_90"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_gpus_with_less_shared_memory(m, limit, d, dtype, monkeypatch):
     emulated.install(monkeypatch)

@@ -12,7 +12,12 @@ from lf_dense.functional import NORMALIZATIONS
 from support.literal import exact_inverse, gradients, kappa, literal_attention, make_inputs
 
 # The backend is the same for all examples of a test.
-any_example = settings(deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+any_example = settings(
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 pytestmark = pytest.mark.usefixtures("each_backend")
 
 
@@ -30,7 +35,9 @@ def test_any_shape(batch, heads, n, m, d, spread, normalization):
     q, k, v, _ = make_inputs(batch, heads, n, d, 1, spread)
     landmarks = spread * torch.randn(batch, heads, m, d, dtype=torch.float64)
     out = laplacian_attention(q, k, v, landmarks, normalization=normalization)
-    torch.testing.assert_close(out, literal_attention(q, k, v, landmarks, normalization), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        out, literal_attention(q, k, v, landmarks, normalization), rtol=1e-7, atol=1e-7
+    )
 
 
 @any_example
@@ -51,7 +58,9 @@ def test_kernel_of_any_shape_and_strides(lead, n, m, d, step, swapped, dtype):
 
     x, y = points(n), points(m)
     exact = kappa(x.double(), y.double())
-    plain = kappa(x.float() if dtype != torch.float64 else x, y.float() if dtype != torch.float64 else y).to(dtype)
+    plain = kappa(x.float() if dtype != torch.float64 else x, y.float() if dtype != torch.float64 else y).to(
+        dtype
+    )
     floor = torch.finfo(dtype).eps
     got = laplacian_kernel(x, y)
     assert got.shape == (*lead, n, m)
@@ -63,7 +72,10 @@ def test_kernel_of_any_shape_and_strides(lead, n, m, d, step, swapped, dtype):
     for mine, right in zip(gradients(laplacian_kernel, [x, y], weight.to(dtype)), expected):
         assert mine.shape == right.shape
         torch.testing.assert_close(
-            mine.double(), right, rtol=0, atol=40 * floor * max(1.0, right.abs().max().item() if right.numel() else 0)
+            mine.double(),
+            right,
+            rtol=0,
+            atol=40 * floor * max(1.0, right.abs().max().item() if right.numel() else 0),
         )
 
 

@@ -41,7 +41,17 @@ FIELDS = {
     "checked_against",
     "compile_seconds",
 }
-KERNEL_ALONE = ["--device", "cpu", "--quick", "--ops", "laplacian_kernel", "--passes", "forward", "--stages", "1"]
+KERNEL_ALONE = [
+    "--device",
+    "cpu",
+    "--quick",
+    "--ops",
+    "laplacian_kernel",
+    "--passes",
+    "forward",
+    "--stages",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +85,35 @@ def test_quick_is_quick(quick_run):
 
 def test_json_has_what_was_measured(quick_run):
     _, found, _ = quick_run
-    assert set(found) == {"date", "device", "device_name", "threads", "torch", "dtype", "batch_size", "native", "results"}
-    assert (found["device"], found["threads"], found["torch"], found["dtype"]) == ("cpu", 1, torch.__version__, "float32")
+    assert set(found) == {
+        "date",
+        "device",
+        "device_name",
+        "threads",
+        "torch",
+        "dtype",
+        "batch_size",
+        "native",
+        "results",
+    }
+    assert (found["device"], found["threads"], found["torch"], found["dtype"]) == (
+        "cpu",
+        1,
+        torch.__version__,
+        "float32",
+    )
     assert found["native"]["used"] is (found["native"]["obstacle"] is None)
     assert all(set(record) == FIELDS for record in found["results"])
-    assert {record["op"] for record in found["results"]} == {"laplacian_kernel", "newton_schulz_inverse", "laplacian_attention"}
+    assert {record["op"] for record in found["results"]} == {
+        "laplacian_kernel",
+        "newton_schulz_inverse",
+        "laplacian_attention",
+    }
     assert {record["pass"] for record in found["results"]} == {"forward", "forward+backward"}
     attentions = {record["contender"] for record in found["results"] if record["op"] == "laplacian_attention"}
-    assert attentions == {"reference", "sdpa", "sra", "linear-sra"} | ({"native"} if found["native"]["used"] else set())
+    assert attentions == {"reference", "sdpa", "sra", "linear-sra"} | (
+        {"native"} if found["native"]["used"] else set()
+    )
     for record in found["results"]:
         assert record["obstacle"] is None
         assert 0 < record["min_ms"] <= record["median_ms"] <= record["max_ms"]
@@ -109,9 +140,14 @@ def test_table_has_a_row_for_every_case(quick_run):
 def test_shapes_are_the_backbones(bench):
     found = {
         (case.size, case.stage): case
-        for case in cases_of(bench, "--ops", "laplacian_attention", "--passes", "forward", "--landmarks", "49")
+        for case in cases_of(
+            bench, "--ops", "laplacian_attention", "--passes", "forward", "--landmarks", "49"
+        )
     }
-    tokens = {size: [found[size, stage].tokens for stage in range(1, 5)] for size in [(224, 224), (800, 1333), (2048, 2048)]}
+    tokens = {
+        size: [found[size, stage].tokens for stage in range(1, 5)]
+        for size in [(224, 224), (800, 1333), (2048, 2048)]
+    }
     assert tokens[224, 224] == [3136, 784, 196, 49]
     assert tokens[800, 1333] == [66800, 16700, 4200, 1050]
     assert tokens[2048, 2048] == [262144, 65536, 16384, 4096]
@@ -123,32 +159,55 @@ def test_presets_agree_with_the_backbone(bench):
     pytest.importorskip("mmengine")
     from lf_dense.laplacianformer import ARCHS
 
-    assert {(arch["embed_dims"], arch["num_heads"]) for arch in ARCHS.values()} == {(bench.WIDTHS, bench.HEADS)}
+    assert {(arch["embed_dims"], arch["num_heads"]) for arch in ARCHS.values()} == {
+        (bench.WIDTHS, bench.HEADS)
+    }
 
 
 def test_a_case_comes_once(bench):
-    kernels = cases_of(bench, "--ops", "laplacian_kernel", "--passes", "forward", "--sizes", "224x224", "--stages", "3", "4")
+    kernels = cases_of(
+        bench, "--ops", "laplacian_kernel", "--passes", "forward", "--sizes", "224x224", "--stages", "3", "4"
+    )
     assert [(case.stage, case.landmarks) for case in kernels] == [(3, 49), (3, 196), (4, 49)]
     solvers = cases_of(bench, "--ops", "newton_schulz_inverse", "--passes", "forward", "--stages", "4")
     assert [(case.size, case.landmarks) for case in solvers] == [(None, 49), (None, 196)]
 
 
 def test_tensors_lie_as_in_the_module(bench):
-    argv = ("--ops", "laplacian_attention", "--passes", "forward+backward", "--sizes", "70x130", "--stages", "2", "--landmarks", "49")
+    argv = (
+        "--ops",
+        "laplacian_attention",
+        "--passes",
+        "forward+backward",
+        "--sizes",
+        "70x130",
+        "--stages",
+        "2",
+        "--landmarks",
+        "49",
+    )
     problem = problem_of(bench, *argv)
     q, k, v, landmarks = problem.inputs
     assert q.shape == k.shape == v.shape == problem.grad.shape == (1, 2, 9 * 17, 64)
-    assert all(x.transpose(1, 2).is_contiguous() and x.is_leaf and x.requires_grad for x in (q, k, v, landmarks))
+    assert all(
+        x.transpose(1, 2).is_contiguous() and x.is_leaf and x.requires_grad for x in (q, k, v, landmarks)
+    )
     pooled = LaplacianAttention(128, 2).pool_landmarks(q.detach().transpose(1, 2), (9, 17))
     torch.testing.assert_close(landmarks.detach(), pooled)
 
 
 def test_reduced_attention_is_softmax_attention_to_pooled_tokens(bench):
     q, k, v = torch.randn(3, 1, 2, 6 * 9, 8).unbind()
-    torch.testing.assert_close(bench.reduced_attention(q, k, v, (6, 9), ratio=1), F.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(
+        bench.reduced_attention(q, k, v, (6, 9), ratio=1), F.scaled_dot_product_attention(q, k, v)
+    )
     k3, v3 = (x.view(1, 2, 2, 3, 3, 3, 8).mean((3, 5)).flatten(2, 3) for x in (k, v))
-    torch.testing.assert_close(bench.reduced_attention(q, k, v, (6, 9), ratio=3), F.scaled_dot_product_attention(q, k3, v3))
-    torch.testing.assert_close(bench.reduced_attention(q, k, v, (6, 9), grid=(2, 3)), F.scaled_dot_product_attention(q, k3, v3))
+    torch.testing.assert_close(
+        bench.reduced_attention(q, k, v, (6, 9), ratio=3), F.scaled_dot_product_attention(q, k3, v3)
+    )
+    torch.testing.assert_close(
+        bench.reduced_attention(q, k, v, (6, 9), grid=(2, 3)), F.scaled_dot_product_attention(q, k3, v3)
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -198,21 +257,39 @@ def test_a_wrong_contender_is_not_timed_and_ends_with_an_error(bench, monkeypatc
     monkeypatch.setattr(bench, "has_floor", lambda *unused: False)
 
     def operator(case, name):
-        return (lambda x, y: factor * right(case, "reference")(x, y)) if name == "native" else right(case, name)
+        return (
+            (lambda x, y: factor * right(case, "reference")(x, y)) if name == "native" else right(case, name)
+        )
 
     monkeypatch.setattr(bench, "operator", operator)
     path = tmp_path / "found.json"
     assert bench.main([*KERNEL_ALONE, "--json", str(path)]) == 1
     captured = capsys.readouterr()
     assert "| wrong: error " in captured.out
-    assert captured.err.startswith("error: native laplacian_kernel (forward) at 64x96, stage 1, 49 landmarks: wrong: error ")
-    (wrong,) = [record for record in json.loads(path.read_text())["results"] if record["contender"] == "native"]
+    assert captured.err.startswith(
+        "error: native laplacian_kernel (forward) at 64x96, stage 1, 49 landmarks: wrong: error "
+    )
+    (wrong,) = [
+        record for record in json.loads(path.read_text())["results"] if record["contender"] == "native"
+    ]
     assert wrong["median_ms"] is wrong["ratio_to_native"] is None
     assert wrong["obstacle"].startswith("wrong: ")
 
 
 def test_what_would_take_forever_is_skipped(bench, capsys):
-    options = ["--device", "cpu", "--quick", "--ops", "laplacian_attention", "--passes", "forward", "--stages", "1", "--max-macs", "1e6"]
+    options = [
+        "--device",
+        "cpu",
+        "--quick",
+        "--ops",
+        "laplacian_attention",
+        "--passes",
+        "forward",
+        "--stages",
+        "1",
+        "--max-macs",
+        "1e6",
+    ]
     assert bench.main([*options, "--contenders", "reference", "sdpa", "linear-sra"]) == 0
     row = capsys.readouterr().out.splitlines()[-1]
     # 384 tokens to 384 keys of 64 channels, twice.
@@ -230,7 +307,9 @@ def test_out_of_memory_is_an_entry(bench):
 def test_a_failed_compilation_is_an_entry(bench, monkeypatch, capsys):
     def fail(*unused, **options):
         assert options == {"dynamic": False}
-        raise RuntimeError("backend='inductor' raised:\nno compiler | found\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
+        raise RuntimeError(
+            "backend='inductor' raised:\nno compiler | found\n\nSet TORCHDYNAMO_VERBOSE=1 for more"
+        )
 
     monkeypatch.setattr(torch, "compile", fail)
     assert bench.main([*KERNEL_ALONE, "--contenders", "reference", "compile"]) == 0
@@ -264,9 +343,13 @@ def test_compilation_has_a_time_limit(bench):
 def test_contenders_take_turns_and_slow_ones_few(bench, monkeypatch):
     turns = []
     monkeypatch.setattr(bench.Contender, "prepare", lambda self, *unused: setattr(self, "estimate", 1.0))
-    monkeypatch.setattr(bench.Contender, "take_turn", lambda self: turns.append(self.name) or {"reference": 0.1, "sdpa": 30.0}[self.name])
+    monkeypatch.setattr(
+        bench.Contender,
+        "take_turn",
+        lambda self: turns.append(self.name) or {"reference": 0.1, "sdpa": 30.0}[self.name],
+    )
     args = bench.parse_args(["--device", "cpu", "--quick", "--repeats", "6", "--max-seconds", "10"])
-    (case, *_) = cases_of(bench, "--quick", "--ops", "laplacian_attention")
+    case, *_ = cases_of(bench, "--quick", "--ops", "laplacian_attention")
     bench.measure(case, ["reference", "sdpa"], args)
     assert turns == ["reference", "sdpa"] * 3 + ["reference"] * 3
 

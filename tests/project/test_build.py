@@ -28,8 +28,18 @@ KERNELS_THAT_MATTER = (
 
 def build(folder, **environment):
     """``setup.py build_ext`` into a folder of its own."""
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        str(folder / "lib"),
+        "--build-temp",
+        str(folder / "temp"),
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +61,30 @@ def resource_reports(folder):
         for entry in entries:
             name, architecture = re.match(r"(\S+)' for '(\S+)'", entry).groups()
             spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
-            rows.append((name, architecture, int(spills[1]) + int(spills[2]), int(re.search(r"Used (\d+) registers", entry)[1])))
+            rows.append(
+                (
+                    name,
+                    architecture,
+                    int(spills[1]) + int(spills[2]),
+                    int(re.search(r"Used (\d+) registers", entry)[1]),
+                )
+            )
     return rows
 
 
 def test_every_cuda_file_compiles_for_every_architecture(cuda_build):
     files = {path.stem for path in (ROOT / "ops" / "cuda").glob("*.cu")}
-    reports = {path.name.removeprefix("cuda_").removesuffix(".o.report"): path for path in (cuda_build / "temp" / "ops").glob("*.report")}
+    reports = {
+        path.name.removeprefix("cuda_").removesuffix(".o.report"): path
+        for path in (cuda_build / "temp" / "ops").glob("*.report")
+    }
     assert set(reports) == files
     for path in reports.values():
         assert set(re.findall(r"for '(sm_\d+)'", path.read_text())) == {"sm_80", "sm_86", "sm_89", "sm_90"}
-    assert "-gencode arch=compute_90,code=compute_90" in (cuda_build / "temp" / "ops" / "build.ninja").read_text()
+    assert (
+        "-gencode arch=compute_90,code=compute_90"
+        in (cuda_build / "temp" / "ops" / "build.ninja").read_text()
+    )
     assert (cuda_build / "lib" / "lf_dense" / "backends" / "_operators_cuda.so").stat().st_size > 100_000
 
 
@@ -69,7 +92,14 @@ def test_kernels_that_matter_do_not_spill(cuda_build):
     seen = set()
     for name, architecture, spilled, registers in resource_reports(cuda_build):
         # float64 serves gradient checks; Id marks its instances.
-        matters = next((kernel for kernel in KERNELS_THAT_MATTER if f"{len(kernel)}{kernel}I" in name and f"{kernel}Id" not in name), None)
+        matters = next(
+            (
+                kernel
+                for kernel in KERNELS_THAT_MATTER
+                if f"{len(kernel)}{kernel}I" in name and f"{kernel}Id" not in name
+            ),
+            None,
+        )
         if matters:
             seen.add((matters, architecture))
             assert spilled == 0, f"{name} on {architecture} spills {spilled} bytes with {registers} registers"
@@ -77,7 +107,11 @@ def test_kernels_that_matter_do_not_spill(cuda_build):
 
 
 def undefined_symbols(library):
-    return set(subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout.split()) - {
+    return set(
+        subprocess.run(
+            ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+        ).stdout.split()
+    ) - {
         "U",
         "w",
     }
@@ -86,7 +120,11 @@ def undefined_symbols(library):
 def test_the_libraries_need_torchs_stable_interface_alone(cuda_build):
     stable = re.compile(r"^(aoti_torch_|torch_)")
     torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    exported = set(subprocess.run(["nm", "-D", "--defined-only", torch_cpu], capture_output=True, text=True, check=True).stdout.split())
+    exported = set(
+        subprocess.run(
+            ["nm", "-D", "--defined-only", torch_cpu], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
     for name in ("cpu", "cuda"):
         needed = undefined_symbols(cuda_build / "lib" / "lf_dense" / "backends" / f"_operators_{name}.so")
         from_torch = {symbol for symbol in needed if stable.match(symbol)}
@@ -108,7 +146,10 @@ def test_unreadable_architectures_are_one_sentence(tmp_path):
         pytest.skip("nvcc is not there")
     assert done.returncode != 0
     last_line = done.stderr.strip().splitlines()[-1]
-    assert last_line == "TORCH_CUDA_ARCH_LIST is 'Hopper': write numbers like '8.0;9.0+PTX' ('Hopper' is not one)."
+    assert (
+        last_line
+        == "TORCH_CUDA_ARCH_LIST is 'Hopper': write numbers like '8.0;9.0+PTX' ('Hopper' is not one)."
+    )
 
 
 def test_cuda_asked_for_without_nvcc_is_an_error(tmp_path):
@@ -121,4 +162,7 @@ def test_cuda_asked_for_without_nvcc_is_an_error(tmp_path):
     done = build(tmp_path, LF_DENSE_FORCE_CUDA="1", PATH=str(empty), CUDA_HOME="")
     assert done.returncode != 0
     last_line = done.stderr.strip().splitlines()[-1]
-    assert last_line == "LF_DENSE_FORCE_CUDA is set, but nvcc was not found (put it on the PATH or set CUDA_HOME)."
+    assert (
+        last_line
+        == "LF_DENSE_FORCE_CUDA is set, but nvcc was not found (put it on the PATH or set CUDA_HOME)."
+    )

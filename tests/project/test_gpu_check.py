@@ -51,21 +51,34 @@ def test_without_nvcc_it_says_so(tmp_path):
 
 def test_without_a_gpu_it_says_so(nvcc_path):
     said = refusal(PATH=nvcc_path)
-    assert re.fullmatch(rf"error: gpu-check needs a GPU, and torch {re.escape(torch.__version__)} \(.+\) sees none\.", said)
+    assert re.fullmatch(
+        rf"error: gpu-check needs a GPU, and torch {re.escape(torch.__version__)} \(.+\) sees none\.", said
+    )
 
 
 def test_without_torch_it_says_so(tmp_path, nvcc_path):
     venv.EnvBuilder(with_pip=False, symlinks=True).create(tmp_path / "env")
     python = str(tmp_path / "env" / "bin" / "python")
-    expected = f"error: gpu-check needs torch, and {python} cannot import it: name another interpreter in PYTHON."
+    expected = (
+        f"error: gpu-check needs torch, and {python} cannot import it: name another interpreter in PYTHON."
+    )
     assert refusal(python, PATH=nvcc_path) == expected
 
 
 def step(gpu_check, name, code, seconds=30):
-    return gpu_check.Step(name, name, [[sys.executable, "-c", code]], seconds, lambda output: output.strip().replace("\n", " "), {})
+    return gpu_check.Step(
+        name,
+        name,
+        [[sys.executable, "-c", code]],
+        seconds,
+        lambda output: output.strip().replace("\n", " "),
+        {},
+    )
 
 
-def test_a_step_out_of_time_is_ended_with_what_it_started_and_the_others_run(gpu_check, tmp_path, capsys, monkeypatch):
+def test_a_step_out_of_time_is_ended_with_what_it_started_and_the_others_run(
+    gpu_check, tmp_path, capsys, monkeypatch
+):
     child = "import time; time.sleep(60)"
     # The child ignores the interrupt, as a compiler that hangs might.
     hanging = f"""
@@ -85,7 +98,13 @@ time.sleep(60)
     started = time.monotonic()
     outcomes = gpu_check.run_steps(steps, tmp_path)
     assert time.monotonic() - started < 30
-    assert [outcome.result for outcome in outcomes] == ["passed", "OUT OF TIME", "FAILED", "passed", "left out"]
+    assert [outcome.result for outcome in outcomes] == [
+        "passed",
+        "OUT OF TIME",
+        "FAILED",
+        "passed",
+        "left out",
+    ]
     assert outcomes[1].detail.startswith("ended after 2 s; ")
     assert outcomes[3].detail == "still here"
     assert outcomes[4].detail == "/nowhere/compute-sanitizer is not installed"
@@ -109,13 +128,22 @@ def test_details_are_read_from_the_output(gpu_check, tmp_path):
     assert gpu_check.pytest_detail("!!! KeyboardInterrupt !!!\n") == "no summary"
     race = tests + "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
     assert gpu_check.sanitizer_detail(race).endswith("deselected; 0 hazards displayed (0 errors, 0 warnings)")
-    assert gpu_check.sanitizer_detail("1 passed in 2.00s\n========= ERROR SUMMARY: 2 errors\n") == "1 passed; 2 errors"
+    assert (
+        gpu_check.sanitizer_detail("1 passed in 2.00s\n========= ERROR SUMMARY: 2 errors\n")
+        == "1 passed; 2 errors"
+    )
     case = {"op": "laplacian_kernel", "pass": "forward", "size": [224, 224], "stage": 1, "obstacle": None}
     contenders = [("native", 1.0, None), ("reference", 4.25, None), ("compile", None, "failed: no")]
-    results = [{**case, "contender": name, "ratio_to_native": ratio, "obstacle": obstacle} for name, ratio, obstacle in contenders]
+    results = [
+        {**case, "contender": name, "ratio_to_native": ratio, "obstacle": obstacle}
+        for name, ratio, obstacle in contenders
+    ]
     path = tmp_path / "bench.json"
     path.write_text(json.dumps({"results": results}))
-    assert gpu_check.bench_detail(path, "") == "1 case; reference at 4.2 to 4.2 x native's time; failures of compile"
+    assert (
+        gpu_check.bench_detail(path, "")
+        == "1 case; reference at 4.2 to 4.2 x native's time; failures of compile"
+    )
     assert gpu_check.bench_detail(tmp_path / "none.json", "") == "0 cases"
 
 

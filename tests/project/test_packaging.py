@@ -59,9 +59,31 @@ def build_wheel(folder, **environment):
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", ".", "-v", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder / "dist"]
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("LF_DENSE_") and name not in ("CXX", "PYTHONPATH")}
-    environment = {**outside, "MAX_JOBS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "TORCH_CUDA_ARCH_LIST": "8.0", **environment}
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "-v",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        folder / "dist",
+    ]
+    outside = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("LF_DENSE_") and name not in ("CXX", "PYTHONPATH")
+    }
+    environment = {
+        **outside,
+        "MAX_JOBS": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "TORCH_CUDA_ARCH_LIST": "8.0",
+        **environment,
+    }
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     (wheel,) = (folder / "dist").iterdir()
@@ -72,19 +94,37 @@ def install(wheel, folder):
     """A new virtual environment with the wheel; torch is this environment's, whose editable packages do not come along."""
     venv.EnvBuilder(with_pip=False, symlinks=True).create(folder)
     python = folder / "bin" / "python"
-    command = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install", "--no-deps", "--no-index", wheel]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "--disable-pip-version-check",
+        "install",
+        "--no-deps",
+        "--no-index",
+        wheel,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip())
+    site = Path(
+        subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    )
     # Lines of a .pth file join sys.path, but the .pth files in the folders that they name are not read.
-    folders = {Path(torch.__file__).parents[1], *(Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages")))}
+    folders = {
+        Path(torch.__file__).parents[1],
+        *(Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))),
+    }
     (site / "torch_of_the_tests.pth").write_text("".join(f"{path}\n" for path in sorted(folders)))
     return python
 
 
 def use(python, folder):
     """Run ``USE`` with the installed package, away from the checkout; returns its lines."""
-    done = subprocess.run([python, "-I", "-W", "ignore", "-c", USE], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, "-I", "-W", "ignore", "-c", USE], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     (file,) = (line for line in lines if line.startswith("FILE"))
@@ -114,7 +154,10 @@ def test_wheel_with_operators(tmp_path):
     assert NO_OPERATORS not in said
     cuda = {"_operators_cuda.so"} if torch.version.cuda and shutil.which("nvcc") else set()
     compiled = {name for name in contents(wheel) if name.endswith(".so")}
-    assert {re.sub(r"_build_info\..*\.so", "_build_info.so", name.removeprefix("lf_dense/backends/")) for name in compiled} == {
+    assert {
+        re.sub(r"_build_info\..*\.so", "_build_info.so", name.removeprefix("lf_dense/backends/"))
+        for name in compiled
+    } == {
         "_operators_cpu.so",
         "_build_info.so",
         *cuda,
@@ -139,7 +182,9 @@ def check_reference_alone(wheel, folder):
     (error,) = (line for line in lines if line.startswith("ERROR"))
     assert error.startswith(f"ERROR the native operators cannot serve this call, since {reason}")
     (log,) = (line for line in lines if line.startswith("LOG"))
-    assert log.startswith(f"LOG lf_dense runs its plain PyTorch reference in place of the native operators, since {reason}")
+    assert log.startswith(
+        f"LOG lf_dense runs its plain PyTorch reference in place of the native operators, since {reason}"
+    )
 
 
 def test_without_a_compiler_the_build_says_why_and_the_reference_serves(tmp_path):

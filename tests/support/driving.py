@@ -28,7 +28,8 @@ COCO_OPTIONS = (
     "test_dataloader.num_workers=0",
     "test_dataloader.persistent_workers=False",
     "test_dataloader.dataset.pipeline.1.scale=(160,128)",
-    # A detector that has learnt nothing yet outputs nothing above the usual threshold, and then there is no mAP to report.
+    # A detector that has learnt nothing yet outputs nothing above the usual threshold, and then there is no
+    # mAP to report.
     "model.test_cfg.score_thr=0.0",
     "default_hooks.logger.interval=1",
 )
@@ -45,7 +46,13 @@ def environment() -> dict[str, str]:
 def run(arguments: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """Run a command in the checkout; its output is one text."""
     return subprocess.run(
-        arguments, cwd=ROOT, env=env or environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        arguments,
+        cwd=ROOT,
+        env=env or environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
     )
 
 
@@ -67,7 +74,12 @@ def refusal(tool: str, *arguments: object) -> str:
 def kill_after(tool_command: list[str], ready: Path) -> None:
     """Start a training, wait for a file, and SIGKILL it and all its workers."""
     process = subprocess.Popen(
-        tool_command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        tool_command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 600
     while not ready.exists():

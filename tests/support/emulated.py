@@ -16,14 +16,22 @@ from support import ROOT
 
 LIBRARY = "lf_dense_emulated"
 EMULATION = ROOT / "tests" / "support" / "cuda_emulation"
-SOURCES = ("schemas.cpp", "cuda/newton_schulz_inverse.cu", "cuda/laplacian_kernel.cu", "cuda/laplacian_attention.cu")
+SOURCES = (
+    "schemas.cpp",
+    "cuda/newton_schulz_inverse.cu",
+    "cuda/laplacian_kernel.cu",
+    "cuda/laplacian_attention.cu",
+)
 
 
 def cuda_headers():
     """The toolkit's include folder, or None."""
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
-    return next((Path(home, "include") for home in homes if home and Path(home, "include", "cuda_fp16.h").exists()), None)
+    return next(
+        (Path(home, "include") for home in homes if home and Path(home, "include", "cuda_fp16.h").exists()),
+        None,
+    )
 
 
 @functools.cache

@@ -61,7 +61,10 @@ def by_setstate(path: Path, state: dict, canary: Path) -> None:
 
 
 def in_the_optimizer(path: Path, state: dict, canary: Path) -> None:
-    deep = {"state": {0: {"exp_avg": torch.zeros(2), "step": [Calls(os.system, f"touch {canary}")]}}, "param_groups": []}
+    deep = {
+        "state": {0: {"exp_avg": torch.zeros(2), "step": [Calls(os.system, f"touch {canary}")]}},
+        "param_groups": [],
+    }
     _save(path, {**state, "optimizer": deep})
 
 

@@ -31,5 +31,6 @@ def print_threads() -> None:
     print(f"threads at exit: {names}", flush=True)
 
 
-# A config imports this module before the processes join, and exit handlers run last registered first: this one after the tool's own.
+# A config imports this module before the processes join, and exit handlers run last registered first: this
+# one after the tool's own.
 atexit.register(print_threads)

@@ -95,9 +95,15 @@ def test_decoders_and_five_levels_have_no_stages():
 
 
 def test_levels_are_measured(mmdet):
-    resnet = {"type": "ResNet", "depth": 18, "init_cfg": {"type": "Pretrained", "checkpoint": "https://nowhere.invalid/x.pth"}}
+    resnet = {
+        "type": "ResNet",
+        "depth": 18,
+        "init_cfg": {"type": "Pretrained", "checkpoint": "https://nowhere.invalid/x.pth"},
+    }
     assert measure_levels(resnet, "mmdet") == Levels((64, 128, 256, 512), (4, 8, 16, 32))
-    assert measure_levels({**resnet, "out_indices": (2,), "strides": (1, 2, 1, 1)}, "mmdet") == Levels((256,), (8,))
+    assert measure_levels({**resnet, "out_indices": (2,), "strides": (1, 2, 1, 1)}, "mmdet") == Levels(
+        (256,), (8,)
+    )
 
 
 @MODELS.register_module(name="lf_dense_test_backbone")
@@ -169,20 +175,29 @@ def test_strides_that_a_head_states_follow(mmdet):
 def test_a_single_dilated_level_without_neck(mmdet):
     model = swap_backbone("mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco.py").model
     assert model.backbone.out_indices == (2,)
-    assert model.rpn_head.in_channels == model.roi_head.bbox_head.in_channels == model.roi_head.bbox_roi_extractor.out_channels == 320
+    assert (
+        model.rpn_head.in_channels
+        == model.roi_head.bbox_head.in_channels
+        == model.roi_head.bbox_roi_extractor.out_channels
+        == 320
+    )
     assert model.roi_head.bbox_roi_extractor.featmap_strides == [16]
 
 
 def test_chosen_stages_win(mmdet):
     model = swap_backbone("mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco.py", out_indices=(3,)).model
     assert model.rpn_head.in_channels == 512
-    assert model.rpn_head.anchor_generator.strides == model.roi_head.bbox_roi_extractor.featmap_strides == [32]
+    assert (
+        model.rpn_head.anchor_generator.strides == model.roi_head.bbox_roi_extractor.featmap_strides == [32]
+    )
     with pytest.raises(SwapError, match="read 1 maps: give as many"):
         swap_backbone("mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco.py", out_indices=(2, 3))
 
 
 def test_a_tracker_s_detector_is_changed_alone(mmdet):
-    config = swap_backbone("mmdet::deepsort/deepsort_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-mot17halfval.py")
+    config = swap_backbone(
+        "mmdet::deepsort/deepsort_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-mot17halfval.py"
+    )
     assert config.model.detector.backbone.type == "LaplacianFormer"
     assert config.model.detector.neck.in_channels == WIDTHS
     assert config.model.reid.backbone.type == "mmpretrain.ResNet"
@@ -191,7 +206,11 @@ def test_a_tracker_s_detector_is_changed_alone(mmdet):
 
 def test_segmentation_heads_by_index(mmseg):
     model = swap_backbone("mmseg::deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024.py").model
-    assert (model.decode_head.in_channels, model.decode_head.c1_in_channels, model.auxiliary_head.in_channels) == (512, 64, 320)
+    assert (
+        model.decode_head.in_channels,
+        model.decode_head.c1_in_channels,
+        model.auxiliary_head.in_channels,
+    ) == (512, 64, 320)
     assert "pretrained" not in model
     ocr = swap_backbone("mmseg::ocrnet/ocrnet_hr18_4xb2-160k_cityscapes-512x1024.py").model
     assert [head.in_channels for head in ocr.decode_head] == [WIDTHS, WIDTHS]
@@ -232,7 +251,9 @@ def test_classifiers():
 def test_preprocessing(mmdet):
     caffe = swap_backbone("mmdet::retinanet/retinanet_r50-caffe_fpn_1x_coco.py").model.data_preprocessor
     assert (caffe.mean, caffe.std, caffe.bgr_to_rgb, caffe.pad_size_divisor) == (MEAN, STD, True, 32)
-    nested = swap_backbone("mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py").model
+    nested = swap_backbone(
+        "mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py"
+    ).model
     assert nested.data_preprocessor.data_preprocessor.std == nested.detector.data_preprocessor.std == STD
 
 
@@ -262,7 +283,11 @@ def optimizer_groups(config):
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     owners = dict(model.named_modules())
     return {
-        name: (owners[name.rpartition(".")[0]], groups[id(parameter)]["lr"], groups[id(parameter)]["weight_decay"])
+        name: (
+            owners[name.rpartition(".")[0]],
+            groups[id(parameter)]["lr"],
+            groups[id(parameter)]["weight_decay"],
+        )
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -303,10 +328,14 @@ def test_a_constructor_for_the_old_layers_is_dropped(mmdet):
 
 
 def test_learning_rates_of_the_schedule_follow(mmseg):
-    before = Config.fromfile(swap_backbone("mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py").filename)
+    before = Config.fromfile(
+        swap_backbone("mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py").filename
+    )
     after = swap_backbone(before)
     for old, new in zip(before.param_scheduler, after.param_scheduler):
-        assert new.eta_min / after.optim_wrapper.optimizer.lr == pytest.approx(old.eta_min / before.optim_wrapper.optimizer.lr)
+        assert new.eta_min / after.optim_wrapper.optimizer.lr == pytest.approx(
+            old.eta_min / before.optim_wrapper.optimizer.lr
+        )
         assert {**new, "eta_min": 0} == {**old, "eta_min": 0}
 
 
@@ -320,7 +349,9 @@ def test_the_new_config_is_self_contained(mmdet, tmp_path):
         f"c = Config.fromfile({str(path)!r}); init_default_scope('mmdet'); m = MODELS.build(c.model);"
         "print(type(m.backbone).__name__, sum(m.backbone.depths))"
     )
-    printed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert printed.split()[-2:] == ["LaplacianFormer", "19"]
 
 
@@ -333,7 +364,10 @@ def test_the_new_config_is_self_contained(mmdet, tmp_path):
         ("mmdet::cornernet/cornernet_hourglass104_10xb5-crop511-210e-mstest_coco.py", "stacks hourglasses"),
         ("mmdet::tridentnet/tridentnet_r50-caffe_1x_coco.py", "three branches"),
         ("mmdet::detectors/cascade-rcnn_r50-rfp_1x_coco.py", "feeds its output back"),
-        ("mmdet::faster_rcnn/faster-rcnn_r50-caffe-c4_ms-1x_coco.py", "last stage of the old one over every region"),
+        (
+            "mmdet::faster_rcnn/faster-rcnn_r50-caffe-c4_ms-1x_coco.py",
+            "last stage of the old one over every region",
+        ),
         ("mmseg::unet/unet-s5-d16_fcn_4xb4-40k_chase-db1-128x128.py", "encoder and a decoder"),
         ("mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py", "whole segmentation network"),
         ("mmseg::dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py", "class token"),
@@ -370,11 +404,22 @@ def test_more_refusals(mmdet):
 
 
 def run_tool(*arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, "-W", "ignore", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_command_lines_say_what_is_wrong(mmdet, tmp_path):
-    result = run_tool("tools/train.py", "mmdet::cornernet/cornernet_hourglass104_10xb5-crop511-210e-mstest_coco.py", "--backbone", "tiny")
+    result = run_tool(
+        "tools/train.py",
+        "mmdet::cornernet/cornernet_hourglass104_10xb5-crop511-210e-mstest_coco.py",
+        "--backbone",
+        "tiny",
+    )
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: the backbone cannot be replaced: HourglassNet")
     result = run_tool("tools/train.py", RETINANET, "--pretrained", "x.pth")
@@ -384,7 +429,15 @@ def test_command_lines_say_what_is_wrong(mmdet, tmp_path):
     assert result.returncode == 2
     assert f"{tmp_path / 'x.pth'} is not there" in result.stderr
     out = tmp_path / "new.py"
-    result = run_tool("tools/swap_config.py", RETINANET, out, "--backbone", "small", "--backbone-options", "drop_path_rate=0.3")
+    result = run_tool(
+        "tools/swap_config.py",
+        RETINANET,
+        out,
+        "--backbone",
+        "small",
+        "--backbone-options",
+        "drop_path_rate=0.3",
+    )
     assert result.returncode == 0, result.stderr
     assert Config.fromfile(out).model.backbone.drop_path_rate == 0.3
 

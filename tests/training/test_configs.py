@@ -23,7 +23,9 @@ from lf_dense.swap.rewiring import nested, without_pretrained
 
 FOLDERS = ("detection", "segmentation", "imagenet")
 NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
-CONFIGS = [f"{folder}/{path.name}" for folder in FOLDERS for path in sorted((ROOT / "configs" / folder).glob("*.py"))]
+CONFIGS = [
+    f"{folder}/{path.name}" for folder in FOLDERS for path in sorted((ROOT / "configs" / folder).glob("*.py"))
+]
 
 
 def load(name: str) -> Config:
@@ -52,7 +54,9 @@ def test_every_config_builds(name):
     assert isinstance(model.backbone, LaplacianFormer)
     (arch,) = re.findall(r"lf-([a-z]+)", name)
     assert model.backbone.depths == ARCHS[arch]["depths"]
-    (listed,) = [entry for entry in metafile(name.split("/")[0])["Models"] if entry["Config"] == f"configs/{name}"]
+    (listed,) = [
+        entry for entry in metafile(name.split("/")[0])["Models"] if entry["Config"] == f"configs/{name}"
+    ]
     assert listed["Metadata"]["Parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
     wrapper = config.optim_wrapper.to_dict()
@@ -66,7 +70,12 @@ def test_every_config_builds(name):
     optimizer = constructor(model).optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    norms = {id(p) for module in model.modules() if isinstance(module, NORMS) for p in module.parameters(recurse=False)}
+    norms = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, NORMS)
+        for p in module.parameters(recurse=False)
+    }
     for key, parameter in model.named_parameters():
         if id(parameter) in norms or key.endswith("bias"):
             assert groups[id(parameter)]["weight_decay"] == 0, key
@@ -127,8 +136,15 @@ def on_detection_data(config: Config, shapes: Path, data: Path | None) -> None:
     if not data:
         dataset["metainfo"] = {"classes": ("disk", "rectangle", "triangle", "ring")}
         set_classes(config, 4)
-    meta = {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")}
-    set_loaders(config, dataset, {**dataset, "test_mode": True, "pipeline": [*pipeline[:1], pipeline[2], pipeline[1], meta]})
+    meta = {
+        "type": "PackDetInputs",
+        "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+    }
+    set_loaders(
+        config,
+        dataset,
+        {**dataset, "test_mode": True, "pipeline": [*pipeline[:1], pipeline[2], pipeline[1], meta]},
+    )
     for evaluator in (config.val_evaluator, config.test_evaluator):
         evaluator.ann_file = str(annotations)
 
@@ -136,7 +152,13 @@ def on_detection_data(config: Config, shapes: Path, data: Path | None) -> None:
 def on_segmentation_data(config: Config, shapes: Path, data: Path | None) -> None:
     """Four small street scenes where they are there."""
     if data:
-        root, suffix, prefix, reduce, count = data / "camvid", ".jpg", ("images/training", "annotations/training"), True, 11
+        root, suffix, prefix, reduce, count = (
+            data / "camvid",
+            ".jpg",
+            ("images/training", "annotations/training"),
+            True,
+            11,
+        )
     else:
         root, suffix, prefix, reduce, count = shapes, ".png", ("train", "semantic/train"), False, 5
     pipeline = [
@@ -152,12 +174,21 @@ def on_segmentation_data(config: Config, shapes: Path, data: Path | None) -> Non
         "seg_map_suffix": ".png",
         "reduce_zero_label": reduce,
         "data_prefix": {"img_path": prefix[0], "seg_map_path": prefix[1]},
-        "metainfo": {"classes": tuple(map(str, range(count))), "palette": [[9 * i, 90, 200 - 9 * i] for i in range(count)]},
+        "metainfo": {
+            "classes": tuple(map(str, range(count))),
+            "palette": [[9 * i, 90, 200 - 9 * i] for i in range(count)],
+        },
         "indices": 4,
     }
     set_classes(config, count)
     # The annotations of an image are resized with it in training alone.
-    train = [pipeline[0], pipeline[2], pipeline[1], {"type": "RandomCrop", "crop_size": (96, 96)}, pipeline[3]]
+    train = [
+        pipeline[0],
+        pipeline[2],
+        pipeline[1],
+        {"type": "RandomCrop", "crop_size": (96, 96)},
+        pipeline[3],
+    ]
     set_loaders(config, {**dataset, "pipeline": train}, {**dataset, "pipeline": pipeline})
     config.model.data_preprocessor.size = (96, 96)
 
@@ -177,13 +208,19 @@ def on_classification_data(config: Config, shapes: Path, data: Path | None, fold
 
 
 def set_loaders(config: Config, train: dict, val: dict) -> None:
-    for loader, dataset in ((config.train_dataloader, train), (config.val_dataloader, val), (config.test_dataloader, val)):
+    for loader, dataset in (
+        (config.train_dataloader, train),
+        (config.val_dataloader, val),
+        (config.test_dataloader, val),
+    ):
         for key in ("dataset", "batch_sampler", "collate_fn"):
             loader.pop(key, None)
         loader.update(batch_size=2, num_workers=0, persistent_workers=False, dataset=dataset)
 
 
-@pytest.mark.parametrize("name", ["mask-rcnn_lf-tiny_fpn_1x_coco.py", "cascade-mask-rcnn_lf-tiny_fpn_1x_coco.py"])
+@pytest.mark.parametrize(
+    "name", ["mask-rcnn_lf-tiny_fpn_1x_coco.py", "cascade-mask-rcnn_lf-tiny_fpn_1x_coco.py"]
+)
 @torch.no_grad()
 def test_roi_features_are_of_their_boxes(name):
     """mmcv's RoIAlign reads a map's memory as if it had the usual layout, so the maps have to come in it."""
@@ -251,7 +288,15 @@ def test_a_family_trains_evaluates_and_resumes(name, shapes, request, tmp_path):
 
     first = call("train.py", path, "--work-dir", work_dir, "--cfg-options", f"train_cfg.{length}={steps}")
     assert re.search(FAMILIES[name], first), first[-3000:]
-    resumed = call("train.py", path, "--work-dir", work_dir, "--resume", "--cfg-options", f"train_cfg.{length}={2 * steps}")
+    resumed = call(
+        "train.py",
+        path,
+        "--work-dir",
+        work_dir,
+        "--resume",
+        "--cfg-options",
+        f"train_cfg.{length}={2 * steps}",
+    )
     assert re.search(rf"resumed epoch: \d+, iter: {2}\b", resumed)
     assert re.search(FAMILIES[name], resumed)
     losses = [float(loss) for loss in re.findall(r" loss: ([\d.]+|nan|inf)", first + resumed)]

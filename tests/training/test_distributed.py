@@ -22,7 +22,8 @@ pytest.importorskip("mmdet")
 if torch.cuda.is_available():
     pytest.skip("these tests start processes on CPUs, and a GPU is visible", allow_module_level=True)
 
-# Nothing random: the order is the file's, so that the processes of a step see together what one process sees alone.
+# Nothing random: the order is the file's, so that the processes of a step see together what one process sees
+# alone.
 OPTIONS = (
     "randomness.seed=0",
     "train_dataloader.sampler.shuffle=False",
@@ -43,7 +44,8 @@ OPTIONS = (
 CONFIG = str(ROOT / "configs" / "retinanet_lf_demo.py")
 
 
-# FCOS divides by the number of objects in the whole batch, over all processes; RetinaNet by each process's own.
+# FCOS divides by the number of objects in the whole batch, over all processes; RetinaNet by each process's
+# own.
 FCOS = """
 _base_ = ["{base}"]
 custom_imports = dict(imports=["lf_dense", "support.loss_log"], allow_failed_imports=False)
@@ -51,8 +53,8 @@ custom_hooks = [dict(type="LossLog", path="{log}")]
 model = dict(
     type="FCOS",
     bbox_head=dict(
-        _delete_=True, type="FCOSHead", num_classes=4, in_channels=64, feat_channels=64, stacked_convs=2, strides=[8, 16, 32, 64],
-        regress_ranges=((-1, 32), (32, 64), (64, 128), (128, 1e8)),
+        _delete_=True, type="FCOSHead", num_classes=4, in_channels=64, feat_channels=64, stacked_convs=2,
+        strides=[8, 16, 32, 64], regress_ranges=((-1, 32), (32, 64), (64, 128), (128, 1e8)),
     ),
 )
 """
@@ -76,13 +78,20 @@ def run_script(name: str, *arguments: object) -> str:
     return done.stdout
 
 
-def train(folder: Path, shapes: Path, processes: int, *options: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(
+    folder: Path, shapes: Path, processes: int, *options: str
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Twelve steps of four images each, by one process or two; the losses and the weights at the end."""
     config, log = folder / "config.py", folder / "losses.json"
     config.write_text(FCOS.format(base=CONFIG, log=log))
     arguments = (
         *("--work-dir", folder, "--cfg-options", f"data_root={shapes}", *OPTIONS),
-        *(f"train_dataloader.batch_size={4 // processes}", "train_cfg.max_epochs=4", "train_cfg.val_interval=10", *options),
+        *(
+            f"train_dataloader.batch_size={4 // processes}",
+            "train_cfg.max_epochs=4",
+            "train_cfg.val_interval=10",
+            *options,
+        ),
     )
     if processes == 1:
         call("train.py", config, *arguments, env=job_environment())
@@ -124,15 +133,15 @@ CLASSIFIER = """
 _base_ = ["mmpretrain::_base_/default_runtime.py"]
 custom_imports = dict(imports=["lf_dense"], allow_failed_imports=False)
 data_preprocessor = dict(num_classes=2, mean=[127.5] * 3, std=[64.0] * 3, to_rgb=True)
-model = dict(type="ImageClassifier", backbone=dict(type="LaplacianFormer", arch="tiny", out_indices=(3,), drop_path_rate=0.0),
-             neck=dict(type="GlobalAveragePooling"), head=dict(type="LinearClsHead", num_classes=2, in_channels=512, topk=(1,)))
+model = dict(type="ImageClassifier", backbone=dict(type="LaplacianFormer", arch="tiny", out_indices=(3,),
+drop_path_rate=0.0),
+             neck=dict(type="GlobalAveragePooling"), head=dict(type="LinearClsHead", num_classes=2,
+             in_channels=512, topk=(1,)))
 pipeline = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
 dataset = dict(type="CustomDataset", data_root="{data}", pipeline=pipeline)
-train_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False), dataset=dataset)
-optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.01))
-train_cfg = dict(by_epoch=True, max_epochs=2)
-custom_hooks = [dict(type="EMAHook", momentum=0.5)]
-randomness = dict(seed=0)
+train_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False),
+dataset=dataset) optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.01)) train_cfg = dict(by_epoch=True,
+max_epochs=2) custom_hooks = [dict(type="EMAHook", momentum=0.5)] randomness = dict(seed=0)
 """
 
 
@@ -148,12 +157,17 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(shapes, tmp_path):
     call("train.py", config, "--work-dir", tmp_path / "whole")
     halves = ("--cfg-options", "train_dataloader.batch_size=2", "optim_wrapper.accumulative_counts=2")
     call("train.py", config, "--work-dir", tmp_path / "halves", *halves)
-    whole, halves = (torch.load(tmp_path / name / "epoch_2.pth", weights_only=False) for name in ("whole", "halves"))
+    whole, halves = (
+        torch.load(tmp_path / name / "epoch_2.pth", weights_only=False) for name in ("whole", "halves")
+    )
     # mmengine's EMAHook saves the average as the weights, and the weights themselves beside it.
     for name in whole["state_dict"]:
         own = f"module.{name}"
         assert torch.allclose(halves["ema_state_dict"][own], whole["ema_state_dict"][own], atol=1e-5), name
-    assert any((whole["ema_state_dict"][f"module.{name}"] != value).any() for name, value in whole["state_dict"].items())
+    assert any(
+        (whole["ema_state_dict"][f"module.{name}"] != value).any()
+        for name, value in whole["state_dict"].items()
+    )
 
 
 def test_evaluation_by_two_processes(alone, shapes, tmp_path):
@@ -172,7 +186,13 @@ def children(pid: int) -> list[int]:
 
 def test_a_killed_process_ends_the_job_and_resume_goes_on(shapes, tmp_path):
     work_dir, log = tmp_path / "run", tmp_path / "printed.txt"
-    options = ("--cfg-options", f"data_root={shapes}", *OPTIONS, "train_dataloader.batch_size=2", "train_cfg.val_interval=10000")
+    options = (
+        "--cfg-options",
+        f"data_root={shapes}",
+        *OPTIONS,
+        "train_dataloader.batch_size=2",
+        "train_cfg.val_interval=10000",
+    )
     options = (*options, "default_hooks.checkpoint.interval=1")
     with log.open("w") as stream:
         job = subprocess.Popen(
@@ -195,7 +215,16 @@ def test_a_killed_process_ends_the_job_and_resume_goes_on(shapes, tmp_path):
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
     last = max(int(path.stem.partition("_")[2]) for path in work_dir.glob("epoch_*.pth"))
-    resumed = run_script("dist_train.sh", CONFIG, 2, "--work-dir", work_dir, "--resume", *options, f"train_cfg.max_epochs={last + 1}")
+    resumed = run_script(
+        "dist_train.sh",
+        CONFIG,
+        2,
+        "--work-dir",
+        work_dir,
+        "--resume",
+        *options,
+        f"train_cfg.max_epochs={last + 1}",
+    )
     assert f"resumed epoch: {last}," in resumed
     assert (work_dir / f"epoch_{last + 1}.pth").is_file()
 
@@ -220,8 +249,17 @@ def test_sync_bn_on_cpus_is_refused(shapes, tmp_path):
     data = [
         f"{split}_dataloader.dataset.{setting}"
         for split in ("train", "val", "test")
-        for setting in (f"data_root={shapes}", "data_prefix.img_path=train", "data_prefix.seg_map_path=semantic/train")
+        for setting in (
+            f"data_root={shapes}",
+            "data_prefix.img_path=train",
+            "data_prefix.seg_map_path=semantic/train",
+        )
     ]
-    done = run(script("dist_train.sh", config, 1, "--work-dir", tmp_path, "--cfg-options", *data), job_environment())
+    done = run(
+        script("dist_train.sh", config, 1, "--work-dir", tmp_path, "--cfg-options", *data), job_environment()
+    )
     assert done.returncode != 0
-    assert "the model has SyncBN (model.decode_head.norm_cfg.type), which torch has for GPUs alone" in done.stdout
+    assert (
+        "the model has SyncBN (model.decode_head.norm_cfg.type), which torch has for GPUs alone"
+        in done.stdout
+    )

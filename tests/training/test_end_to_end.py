@@ -17,8 +17,16 @@ pytest.importorskip("mmengine")
 
 def train_through_a_kill(config: str, work_dir: Path, options: tuple[str, ...], iterations: int) -> Path:
     """Train three epochs with a SIGKILL after the first and a torn newer checkpoint in the way of --resume; returns the last one."""
-    options = (*options, "train_cfg.max_epochs=3", "train_cfg.val_interval=1", "default_hooks.checkpoint.interval=1")
-    kill_after(command("train.py", config, "--work-dir", work_dir, "--cfg-options", *options), work_dir / "epoch_1.pth")
+    options = (
+        *options,
+        "train_cfg.max_epochs=3",
+        "train_cfg.val_interval=1",
+        "default_hooks.checkpoint.interval=1",
+    )
+    kill_after(
+        command("train.py", config, "--work-dir", work_dir, "--cfg-options", *options),
+        work_dir / "epoch_1.pth",
+    )
     assert not (work_dir / "epoch_3.pth").exists()
 
     whole = (work_dir / "epoch_1.pth").read_bytes()
@@ -39,8 +47,15 @@ def train_through_a_kill(config: str, work_dir: Path, options: tuple[str, ...], 
 
 def test_demo_config_survives_a_kill(shapes, tmp_path):
     pytest.importorskip("mmdet")
-    options = (f"data_root={shapes}", "model.test_cfg.score_thr=0.0", "default_hooks.logger.interval=1", "train_dataloader.batch_size=3")
-    assert train_through_a_kill("configs/retinanet_lf_demo.py", tmp_path / "run", options, iterations=4).is_file()
+    options = (
+        f"data_root={shapes}",
+        "model.test_cfg.score_thr=0.0",
+        "default_hooks.logger.interval=1",
+        "train_dataloader.batch_size=3",
+    )
+    assert train_through_a_kill(
+        "configs/retinanet_lf_demo.py", tmp_path / "run", options, iterations=4
+    ).is_file()
 
 
 def test_retinanet_on_real_images_survives_a_kill_and_predicts(shared_data, tmp_path):
@@ -85,7 +100,9 @@ def test_retinanet_on_real_images_survives_a_kill_and_predicts(shared_data, tmp_
             assert 0 <= y1 <= y2 <= record["height"]
             assert found["class"] in result["classes"]
 
-    sentence = refusal("test.py", "configs/retinanet_lf_demo.py", checkpoint, "--cfg-options", f"data_root={tmp_path}")
+    sentence = refusal(
+        "test.py", "configs/retinanet_lf_demo.py", checkpoint, "--cfg-options", f"data_root={tmp_path}"
+    )
     assert "test_dataloader.dataset.ann_file" in sentence
     sentence = refusal("predict.py", "configs/retinanet_lf_demo.py", checkpoint, images, "--out", out)
     assert "does not fit the config's model" in sentence
@@ -105,7 +122,11 @@ def test_a_box_at_the_border_has_no_error_of_float32():
     # 426 pixels, scaled to 108 and back.
     border = torch.tensor(108.0) / torch.tensor(108 / 426)
     assert border > 426
-    found = InstanceData(bboxes=torch.stack([torch.tensor([0.0, 1.2345, 2.0, border])]), scores=torch.ones(1), labels=torch.zeros(1))
+    found = InstanceData(
+        bboxes=torch.stack([torch.tensor([0.0, 1.2345, 2.0, border])]),
+        scores=torch.ones(1),
+        labels=torch.zeros(1),
+    )
     (record,) = Predictor._instances(found, ["cat"], 0.5)
     assert record["bbox"] == [0.0, 1.23, 2.0, 426.0]
 
@@ -133,10 +154,13 @@ model = dict(
 )
 load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
 palette = [[40 * i, 255 - 40 * i, 90] for i in range(5)]
-dataset = dict(type="BaseSegDataset", data_root="{data}", img_suffix=".png", metainfo=dict(classes=classes, palette=palette),
-               data_prefix=dict(img_path="train", seg_map_path="semantic/train"), pipeline=[*load, dict(type="PackSegInputs")])
+dataset = dict(type="BaseSegDataset", data_root="{data}", img_suffix=".png", metainfo=dict(classes=classes,
+palette=palette),
+               data_prefix=dict(img_path="train", seg_map_path="semantic/train"), pipeline=[*load,
+               dict(type="PackSegInputs")])
 train_dataloader = dict(batch_size=2, num_workers=0, sampler=dict(type="InfiniteSampler"), dataset=dataset)
-val_dataloader = dict(batch_size=1, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False), dataset=dict(
+val_dataloader = dict(batch_size=1, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False),
+dataset=dict(
     **{{**dataset, "data_prefix": dict(img_path="val", seg_map_path="semantic/val")}}))
 test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
@@ -153,18 +177,15 @@ _base_ = ["mmpretrain::_base_/default_runtime.py"]
 custom_imports = dict(imports=["lf_dense"])
 data_preprocessor = dict(num_classes=2, mean=[127.5] * 3, std=[64.0] * 3, to_rgb=True)
 model = dict(type="ImageClassifier", backbone=dict(type="LaplacianFormer", arch="tiny", out_indices=(3,)),
-             neck=dict(type="GlobalAveragePooling"), head=dict(type="LinearClsHead", num_classes=2, in_channels=512, topk=(1,)))
+             neck=dict(type="GlobalAveragePooling"), head=dict(type="LinearClsHead", num_classes=2,
+             in_channels=512, topk=(1,)))
 pipeline = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
 dataset = dict(type="CustomDataset", data_root="{data}", pipeline=pipeline)
-train_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=True), dataset=dataset)
-val_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False), dataset=dataset)
-test_dataloader = val_dataloader
-val_evaluator = dict(type="Accuracy", topk=(1,))
-test_evaluator = val_evaluator
-optim_wrapper = dict(optimizer=dict(type="AdamW", lr=1e-4))
-train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=1)
-val_cfg = dict()
-test_cfg = dict()
+train_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=True),
+dataset=dataset) val_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler",
+shuffle=False), dataset=dataset) test_dataloader = val_dataloader val_evaluator = dict(type="Accuracy",
+topk=(1,)) test_evaluator = val_evaluator optim_wrapper = dict(optimizer=dict(type="AdamW", lr=1e-4))
+train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=1) val_cfg = dict() test_cfg = dict()
 """
 
 
@@ -175,7 +196,9 @@ def test_segmentation_by_the_same_tools(shapes, tmp_path):
     trained = call("train.py", config, "--work-dir", tmp_path / "run")
     assert re.search(r"mIoU: [\d.]+", trained)
     checkpoint = tmp_path / "run" / "iter_3.pth"
-    tested = call("test.py", config, checkpoint, "--work-dir", tmp_path / "test", "--show-dir", tmp_path / "drawn")
+    tested = call(
+        "test.py", config, checkpoint, "--work-dir", tmp_path / "test", "--show-dir", tmp_path / "drawn"
+    )
     assert re.search(r"mIoU: [\d.]+", tested)
     assert len(list((tmp_path / "drawn").rglob("*.png"))) == 4
     out = tmp_path / "out"
@@ -200,7 +223,9 @@ def test_classification_by_the_same_tools(shapes, tmp_path):
     trained = call("train.py", config, "--work-dir", tmp_path / "run")
     assert "accuracy/top1" in trained
     checkpoint = tmp_path / "run" / "epoch_1.pth"
-    assert "accuracy/top1" in call("test.py", config, checkpoint, "--work-dir", tmp_path / "test", "--show-dir", tmp_path / "drawn")
+    assert "accuracy/top1" in call(
+        "test.py", config, checkpoint, "--work-dir", tmp_path / "test", "--show-dir", tmp_path / "drawn"
+    )
     assert len(list((tmp_path / "drawn").rglob("*.png"))) == 12
     out = tmp_path / "out"
     image = sorted((shapes / "val").iterdir())[0]
@@ -213,13 +238,21 @@ def test_classification_by_the_same_tools(shapes, tmp_path):
 @pytest.mark.parametrize(
     ("tool", "arguments", "said"),
     [
-        ("train.py", ["configs/retinanet_lf.py", "--cfg-options", "data_root=/nowhere"], "/nowhere is not there"),
+        (
+            "train.py",
+            ["configs/retinanet_lf.py", "--cfg-options", "data_root=/nowhere"],
+            "/nowhere is not there",
+        ),
         ("train.py", ["configs/no_such.py"], "'configs/no_such.py' is not there"),
         ("train.py", ["mmdet::no/such.py"], "cannot be read"),
         ("train.py", ["mmwrong::no/such.py"], "none of mmdet, mmseg, mmpretrain"),
         ("train.py", ["mmdet::_base_/models/retinanet_r50_fpn.py"], "default_scope is None"),
         ("test.py", ["configs/retinanet_lf.py", "no_such.pth"], "no_such.pth is not there"),
-        ("predict.py", ["configs/retinanet_lf.py", "no.pth", "no_such_folder", "--out", "x"], "no_such_folder is not there"),
+        (
+            "predict.py",
+            ["configs/retinanet_lf.py", "no.pth", "no_such_folder", "--out", "x"],
+            "no_such_folder is not there",
+        ),
         ("predict.py", ["configs/retinanet_lf.py", "no.pth", "configs", "--out", "x"], "holds no image"),
         ("plot_curves.py", ["configs"], "holds no log"),
         ("make_shapes.py", ["--size", "3"], "64 pixels"),
@@ -239,7 +272,9 @@ def test_resume_and_amp_refusals(shapes, tmp_path):
     (tmp_path / "epoch_1.pth").write_bytes(b"PK\x03\x04 cut off")
     assert "there is nothing to resume" in refusal("train.py", *base[:3], "--resume", *base[3:])
     assert "truncated" in refusal("train.py", *base[:3], "--resume", tmp_path / "epoch_1.pth", *base[3:])
-    assert "base_batch_size" in refusal("train.py", *base[:3], "--auto-scale-lr", *base[3:], "auto_scale_lr={}")
+    assert "base_batch_size" in refusal(
+        "train.py", *base[:3], "--auto-scale-lr", *base[3:], "auto_scale_lr={}"
+    )
     if not torch.cuda.is_available():
         assert "--amp needs a GPU" in refusal("train.py", *base[:3], "--amp", *base[3:])
 
@@ -272,7 +307,12 @@ model.loss(data["inputs"], data["data_samples"])["loss_bbox"][0].backward()
 print("CALLS", len(calls))
 """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "CALLS 8" in done.stdout
@@ -280,4 +320,6 @@ print("CALLS", len(calls))
 
 def test_the_step_of_what_is_no_detector_is_refused():
     pytest.importorskip("mmseg")
-    assert "is not a detector's config" in refusal("profile_step.py", "mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py")
+    assert "is not a detector's config" in refusal(
+        "profile_step.py", "mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py"
+    )

@@ -35,11 +35,16 @@ def demo_config(shapes, classes=None):
 
 def test_classes_of_a_custom_set(mmdet, shapes):
     check_coco_classes(demo_config(shapes, ("disk", "rectangle", "triangle", "ring")), ("train", "val"))
-    with pytest.raises(UsageError, match=r"instances_train.json .* has no category torus, .*; it has disk, rectangle, triangle, ring"):
+    with pytest.raises(
+        UsageError,
+        match=r"instances_train.json .* has no category torus, .*; it has disk, rectangle, triangle, ring",
+    ):
         check_coco_classes(demo_config(shapes, ("disk", "torus")), ("train",))
     with pytest.raises(UsageError, match=r"has no category person, bicycle.*and 72 more"):
         check_coco_classes(demo_config(shapes), ("train",))
-    with pytest.raises(UsageError, match=r"lists its classes as ring, disk, and mmdet numbers them as .*, disk, ring"):
+    with pytest.raises(
+        UsageError, match=r"lists its classes as ring, disk, and mmdet numbers them as .*, disk, ring"
+    ):
         check_coco_classes(demo_config(shapes, ("ring", "disk")), ("train",))
     # A part of the categories is a user's right.
     check_coco_classes(demo_config(shapes, ("disk", "ring")), ("train",))
@@ -47,8 +52,13 @@ def test_classes_of_a_custom_set(mmdet, shapes):
 
 def test_a_head_with_another_number_of_classes(mmdet, shapes, tmp_path):
     base = ("--work-dir", tmp_path, "--cfg-options", f"data_root={shapes}", "train_dataloader.num_workers=0")
-    line = refusal("train.py", DEMO, *base, "train_dataloader.persistent_workers=False", "model.bbox_head.num_classes=7")
-    assert "the RetinaHead bbox_head has num_classes=7, and the data has 4 classes (disk, rectangle, triangle, ring)" in line
+    line = refusal(
+        "train.py", DEMO, *base, "train_dataloader.persistent_workers=False", "model.bbox_head.num_classes=7"
+    )
+    assert (
+        "the RetinaHead bbox_head has num_classes=7, and the data has 4 classes (disk, rectangle, triangle,"
+        " ring)" in line
+    )
 
 
 def test_coco_s_91_ids_are_80_classes_and_come_back(mmdet, shared_data, tmp_path):
@@ -56,7 +66,9 @@ def test_coco_s_91_ids_are_80_classes_and_come_back(mmdet, shared_data, tmp_path
 
     coco = shared_data / "coco_mini"
     annotations = coco / "annotations" / "instances_val2017.json"
-    dataset = CocoDataset(ann_file=str(annotations), data_prefix={"img": str(coco / "val2017")}, pipeline=[], test_mode=True)
+    dataset = CocoDataset(
+        ann_file=str(annotations), data_prefix={"img": str(coco / "val2017")}, pipeline=[], test_mode=True
+    )
     dataset.full_init()
     categories = json.loads(annotations.read_text())["categories"]
     assert len(categories) == 80
@@ -74,7 +86,16 @@ def test_coco_s_91_ids_are_80_classes_and_come_back(mmdet, shared_data, tmp_path
     torch.save({"state_dict": MODELS.build(config.model).state_dict()}, checkpoint)
     written = tmp_path / "results"
     call(
-        *("test.py", RETINANET, checkpoint, "--work-dir", tmp_path, "--cfg-options", f"data_root={coco}", *COCO_OPTIONS),
+        *(
+            "test.py",
+            RETINANET,
+            checkpoint,
+            "--work-dir",
+            tmp_path,
+            "--cfg-options",
+            f"data_root={coco}",
+            *COCO_OPTIONS,
+        ),
         f"test_evaluator.outfile_prefix={written}",
     )
     results = json.loads((tmp_path / "results.bbox.json").read_text())
@@ -90,7 +111,11 @@ def test_ade20k_s_zero_is_nothing(shared_data):
     init_default_scope("mmseg")
     root = shared_data / "ade20k_real_samples"
     config = load_config(str(ROOT / "configs" / "segmentation" / "upernet_lf-tiny_160k_ade20k-512x512.py"))
-    pipeline = [step for step in config.train_pipeline if step["type"] in ("LoadImageFromFile", "LoadAnnotations", "PackSegInputs")]
+    pipeline = [
+        step
+        for step in config.train_pipeline
+        if step["type"] in ("LoadImageFromFile", "LoadAnnotations", "PackSegInputs")
+    ]
     prefix = {"img_path": "images/training", "seg_map_path": "annotations/training"}
     dataset = ADE20KDataset(data_root=str(root), data_prefix=prefix, pipeline=pipeline)
     assert len(dataset) == 3
@@ -110,9 +135,9 @@ _base_ = ["{root}/configs/segmentation/fpn_lf-tiny_4k_camvid-360x360.py"]
 norm_cfg = dict(type="BN")
 model = dict(decode_head=dict(num_classes={classes}))
 train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
-    data_root="{data}", img_suffix=".png", reduce_zero_label={reduce}, data_prefix=dict(img_path="train", seg_map_path="semantic/train"),
-    indices={maps},
-    pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", reduce_zero_label={reduce}), dict(type="PackSegInputs")]))
+    data_root="{data}", img_suffix=".png", reduce_zero_label={reduce}, data_prefix=dict(img_path="train",
+    seg_map_path="semantic/train"), indices={maps}, pipeline=[dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", reduce_zero_label={reduce}), dict(type="PackSegInputs")]))
 val_cfg = None
 val_dataloader = None
 val_evaluator = None
@@ -143,8 +168,7 @@ def test_more_folders_than_classes(shapes, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / image.name).write_bytes(image.read_bytes())
     config = tmp_path / "config.py"
-    config.write_text(
-        f"""
+    config.write_text(f"""
 _base_ = ["mmpretrain::_base_/default_runtime.py"]
 custom_imports = dict(imports=["lf_dense"])
 data_preprocessor = dict(num_classes=2, mean=[127.5] * 3, std=[64.0] * 3, to_rgb=True)
@@ -155,7 +179,6 @@ dataset = dict(type="CustomDataset", data_root="{tmp_path / "data"}", pipeline=p
 train_dataloader = dict(batch_size=12, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False), dataset=dataset)
 optim_wrapper = dict(optimizer=dict(type="AdamW", lr=1e-4))
 train_cfg = dict(by_epoch=True, max_epochs=1)
-"""
-    )
+""")
     line = refusal("train.py", config, "--work-dir", tmp_path / "run")
     assert "has the class 2, and the model has 2 classes, 0 to 1" in line

@@ -14,7 +14,11 @@ from lf_dense.training.toy_shapes import CLASSES, draw_scene, make_shapes
 
 
 def digest(folder):
-    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,5 +71,7 @@ def test_scenes_have_occlusion_and_scale():
     assert max(sides) > 80
     # A disk that is cut by another shape fills its box less than pi / 4 of it.
     disks = [mask for shapes in scenes for label, mask in shapes if CLASSES[label] == "disk"]
-    fills = [mask.sum() / ((np.ptp(np.nonzero(mask)[0]) + 1) * (np.ptp(np.nonzero(mask)[1]) + 1)) for mask in disks]
+    fills = [
+        mask.sum() / ((np.ptp(np.nonzero(mask)[0]) + 1) * (np.ptp(np.nonzero(mask)[1]) + 1)) for mask in disks
+    ]
     assert min(fills) < 0.65

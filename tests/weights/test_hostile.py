@@ -22,8 +22,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from lf_dense import LaplacianFormer
-from lf_dense.errors import UsageError
-from lf_dense.training import cli
+from lf_dense.errors import UsageError, run_tool
 from lf_dense.weights import reading
 from lf_dense.weights.reading import read_checkpoint
 
@@ -31,13 +30,36 @@ DEMO = "configs/retinanet_lf_demo.py"
 TOOLS = {
     "predict": ("predict.py", DEMO, "{file}", "{image}", "--out", "{out}", "--device", "cpu"),
     "test": ("test.py", DEMO, "{file}", "--work-dir", "{out}", "--cfg-options", "data_root={data}"),
-    "train --resume": ("train.py", DEMO, "--resume", "{file}", "--work-dir", "{out}", "--cfg-options", "data_root={data}"),
-    "train load_from": ("train.py", DEMO, "--work-dir", "{out}", "--cfg-options", "data_root={data}", "load_from={file}"),
+    "train --resume": (
+        "train.py",
+        DEMO,
+        "--resume",
+        "{file}",
+        "--work-dir",
+        "{out}",
+        "--cfg-options",
+        "data_root={data}",
+    ),
+    "train load_from": (
+        "train.py",
+        DEMO,
+        "--work-dir",
+        "{out}",
+        "--cfg-options",
+        "data_root={data}",
+        "load_from={file}",
+    ),
     "train --pretrained": ("train.py", DEMO, "--pretrained", "{file}", "--work-dir", "{out}"),
     "inspect": ("inspect_checkpoint.py", "{file}"),
     "publish": ("publish.py", "{file}", "{out}/published.pth"),
     "convert": ("convert_pvtv2.py", "{file}", "{out}/converted.pth"),
-    "swap": ("swap_config.py", "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", "{out}/new.py", "--pretrained", "{file}"),
+    "swap": (
+        "swap_config.py",
+        "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py",
+        "{out}/new.py",
+        "--pretrained",
+        "{file}",
+    ),
 }
 SENTENCE = {
     hostile.by_system: "holds posix.system, which could run code",
@@ -75,7 +97,7 @@ def refused(monkeypatch, capsys, tool: str, *arguments: object) -> str:
     """Run a tool's command line in this process, and return the one sentence with which it ended."""
     monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        cli.run(load_tool(tool.removesuffix(".py")).main)
+        run_tool(load_tool(tool.removesuffix(".py")).main)
     assert ended.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
@@ -131,14 +153,20 @@ def test_all_of_mmengine_s_loading_is_guarded(guarded, places, canary):
 
 def test_init_cfg_in_a_training(places, canary, monkeypatch, capsys):
     hostile.by_system(places["file"], weights(), canary)
-    options = (f"data_root={places['data']}", f"model.neck.init_cfg.checkpoint={places['file']}", "model.neck.init_cfg.type=Pretrained")
+    options = (
+        f"data_root={places['data']}",
+        f"model.neck.init_cfg.checkpoint={places['file']}",
+        "model.neck.init_cfg.type=Pretrained",
+    )
     arguments = (DEMO, "--work-dir", places["out"], "--cfg-options", *options)
     assert "holds posix.system" in refused(monkeypatch, capsys, "train.py", *arguments)
 
 
 def test_a_config_in_a_checkpoint_is_not_run(guarded, tmp_path, canary):
     """mmengine's resume runs ``meta.config`` as Python; plain text passes every reader of pickles."""
-    torch.save({"state_dict": {}, "meta": {"config": f"open({str(canary)!r}, 'w')", "epoch": 1}}, tmp_path / "x.pth")
+    torch.save(
+        {"state_dict": {}, "meta": {"config": f"open({str(canary)!r}, 'w')", "epoch": 1}}, tmp_path / "x.pth"
+    )
     checkpoint = CheckpointLoader.load_checkpoint(str(tmp_path / "x.pth"))
     assert checkpoint["meta"] == {"epoch": 1}
 
@@ -223,7 +251,15 @@ def with_average(shapes, tmp_path_factory):
 def trained(shapes, with_average, tmp_path_factory):
     """A checkpoint of one epoch."""
     out = tmp_path_factory.mktemp("trained")
-    call("train.py", with_average, "--work-dir", out, "--cfg-options", f"data_root={shapes}", "train_cfg.max_epochs=1")
+    call(
+        "train.py",
+        with_average,
+        "--work-dir",
+        out,
+        "--cfg-options",
+        f"data_root={shapes}",
+        "train_cfg.max_epochs=1",
+    )
     return out / "epoch_1.pth"
 
 
@@ -240,20 +276,42 @@ def test_a_run_with_a_moving_average_goes_on(trained, with_average, shapes, tmp_
         ({"meta": {}}, "has no meta.epoch, meta.iter"),
         ({"message_hub": None, "param_schedulers": None}, "has no message_hub, param_schedulers"),
         ({"state_dict": {"conv1.weight": torch.zeros(1)}}, "does not fit the config's model"),
-        ({"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}}, "its optimizer has 1 parameters in 1 groups"),
+        (
+            {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}},
+            "its optimizer has 1 parameters in 1 groups",
+        ),
     ],
     ids=["optimizer", "meta", "hub", "model", "groups"],
 )
 def test_what_cannot_be_resumed(change, reason, trained, shapes, tmp_path, monkeypatch, capsys):
-    content = {key: value for key, value in {**torch.load(trained, weights_only=False), **change}.items() if value is not None}
+    content = {
+        key: value
+        for key, value in {**torch.load(trained, weights_only=False), **change}.items()
+        if value is not None
+    }
     torch.save(content, tmp_path / "x.pth")
-    arguments = (DEMO, "--work-dir", tmp_path / "out", "--resume", tmp_path / "x.pth", "--cfg-options", f"data_root={shapes}")
+    arguments = (
+        DEMO,
+        "--work-dir",
+        tmp_path / "out",
+        "--resume",
+        tmp_path / "x.pth",
+        "--cfg-options",
+        f"data_root={shapes}",
+    )
     assert reason in refused(monkeypatch, capsys, "train.py", *arguments)
 
 
 def test_a_start_of_which_nothing_fits(shapes, tmp_path, monkeypatch, capsys):
     torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, tmp_path / "x.pth")
-    arguments = (DEMO, "--work-dir", tmp_path / "out", "--cfg-options", f"data_root={shapes}", f"load_from={tmp_path / 'x.pth'}")
+    arguments = (
+        DEMO,
+        "--work-dir",
+        tmp_path / "out",
+        "--cfg-options",
+        f"data_root={shapes}",
+        f"load_from={tmp_path / 'x.pth'}",
+    )
     assert "no tensor of the checkpoint" in refused(monkeypatch, capsys, "train.py", *arguments)
 
 

@@ -19,7 +19,12 @@ from lf_dense.laplacianformer import ARCHS
 from lf_dense.weights.publishing import arch_of, publish, write_checkpoint
 from lf_dense.weights.reading import read_checkpoint
 
-SMALL = {"embed_dims": (16, 32, 48, 64), "depths": (1, 2, 1, 1), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 2, 2)}
+SMALL = {
+    "embed_dims": (16, 32, 48, 64),
+    "depths": (1, 2, 1, 1),
+    "num_heads": (1, 2, 3, 4),
+    "mlp_ratios": (2, 2, 2, 2),
+}
 
 
 def training_checkpoint(path, arch):
@@ -69,7 +74,11 @@ def test_weights_and_metadata_and_nothing_else(tmp_path, ending):
     read = read_checkpoint(str(path))
     assert set(read) == {"state_dict", "meta"}
     assert same(read["state_dict"], content["state_dict"])
-    assert (read["meta"]["arch"], read["meta"]["recipe"], read["meta"]["dataset"]) == ("tiny", "lf_x", "Imagenette")
+    assert (read["meta"]["arch"], read["meta"]["recipe"], read["meta"]["dataset"]) == (
+        "tiny",
+        "lf_x",
+        "Imagenette",
+    )
     assert read["meta"]["metrics"] == meta["metrics"] == {"accuracy/top1": 62.5}
     assert read["meta"]["epoch"] == 8
     assert read["meta"]["dataset_meta"] == {"classes": ["a", "b"]}
@@ -82,7 +91,9 @@ def test_weights_and_metadata_and_nothing_else(tmp_path, ending):
 
 def test_the_backbone_alone_and_published_again(tmp_path):
     net, _ = training_checkpoint(tmp_path / "epoch_8.pth", SMALL)
-    path, meta = publish(tmp_path / "epoch_8.pth", tmp_path / "lf.pth", backbone_only=True, metrics={"top1": 1.5})
+    path, meta = publish(
+        tmp_path / "epoch_8.pth", tmp_path / "lf.pth", backbone_only=True, metrics={"top1": 1.5}
+    )
     assert same(read_checkpoint(str(path))["state_dict"], net.state_dict())
     assert meta["arch"] == {key: SMALL[key] for key in ("embed_dims", "depths", "mlp_ratios")}
     again, meta_again = publish(path, path)
@@ -131,7 +142,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 def test_the_tools(tmp_path):
     training_checkpoint(tmp_path / "epoch_8.pth", "tiny")
-    printed = call("publish.py", tmp_path / "epoch_8.pth", tmp_path / "lf.pth", "--dataset", "Imagenette", "--metric", "top1=62.5")
+    printed = call(
+        "publish.py",
+        tmp_path / "epoch_8.pth",
+        tmp_path / "lf.pth",
+        "--dataset",
+        "Imagenette",
+        "--metric",
+        "top1=62.5",
+    )
     (published,) = tmp_path.glob("lf-*.pth")
     assert str(published) in printed
     printed = call("inspect_checkpoint.py", published, "--arch", "tiny", "--tensors")
@@ -148,12 +167,23 @@ def test_the_tools(tmp_path):
     assert "beside them       ema_state_dict, optimizer, param_schedulers, message_hub" in printed
     renamed = published.rename(tmp_path / "lf-00000000.pth")
     assert "NOT 00000000 as its name says" in call("inspect_checkpoint.py", renamed)
-    (line,) = call("publish.py", tmp_path / "epoch_8.pth", tmp_path / "nowhere" / "lf.pth", code=2).splitlines()
+    (line,) = call(
+        "publish.py", tmp_path / "epoch_8.pth", tmp_path / "nowhere" / "lf.pth", code=2
+    ).splitlines()
     assert "make it first" in line
 
 
 def test_metadata_survives_safetensors_as_values(tmp_path):
     pytest.importorskip("safetensors")
-    path = write_checkpoint(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {"metrics": {"top1": 1.5}, "recipe": "x", "epoch": 3})
-    assert read_checkpoint(str(path))["meta"] == {"format": "pt", "metrics": {"top1": 1.5}, "recipe": "x", "epoch": 3}
+    path = write_checkpoint(
+        tmp_path / "x.safetensors",
+        {"a": torch.ones(2)},
+        {"metrics": {"top1": 1.5}, "recipe": "x", "epoch": 3},
+    )
+    assert read_checkpoint(str(path))["meta"] == {
+        "format": "pt",
+        "metrics": {"top1": 1.5},
+        "recipe": "x",
+        "epoch": 3,
+    }
     assert json.dumps(read_checkpoint(str(path))["meta"])

@@ -92,7 +92,9 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_mmengine_writes_through_the_atomic_backend(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(saving, "write_atomically", lambda path, content: written.append((str(path), content)))
+    monkeypatch.setattr(
+        saving, "write_atomically", lambda path, content: written.append((str(path), content))
+    )
     from mmengine.fileio.backends import registry_utils
 
     for table, key in ((registry_utils.backends, "local"), (registry_utils.prefix_to_backends, "")):
@@ -130,7 +132,9 @@ def test_weights_have_to_fit():
 
 def test_a_models_own_conversion_of_old_weights_runs_first():
     model = nn.Linear(2, 3)
-    model.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: state.update(weight=state.pop("old_weight")))
+    model.register_load_state_dict_pre_hook(
+        lambda module, state, prefix, *_: state.update(weight=state.pop("old_weight"))
+    )
     load_weights(model, "x.pth", {"old_weight": torch.ones(3, 2), "bias": torch.zeros(3)})
     assert torch.equal(model.weight, torch.ones(3, 2))
 
