@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .presets import EPS, KERNEL_SCALE, LANDMARK_GRID, NEWTON_ITERS, NORMALIZATION, TAU
 
 # The slowest rotation has 100 times the period of the fastest, which turns twice across the map.
 ROTARY_PERIOD_RATIO = 100.0
@@ -104,13 +105,13 @@ class LaplacianAttention(nn.Module):
         self,
         embed_dims: int,
         num_heads: int,
-        landmark_grid: tuple[int, int] = (7, 7),
-        kernel_scale: float = 4.0,
-        newton_iters: int = 10,
-        normalization: str = "mass",
+        landmark_grid: tuple[int, int] = LANDMARK_GRID,
+        kernel_scale: float = KERNEL_SCALE,
+        newton_iters: int = NEWTON_ITERS,
+        normalization: str = NORMALIZATION,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
-        tau: float = 1e-2,
+        tau: float = TAU,
         rotary: bool = True,
         learn_kernel_scale: bool = False,
     ) -> None:
@@ -121,7 +122,7 @@ class LaplacianAttention(nn.Module):
                 " multiple of 4 (the rotary embedding turns pairs along two axes)."
             )
         functional.check_kernel_scale(kernel_scale)
-        functional.check_solver(newton_iters, eps=1e-2)
+        functional.check_solver(newton_iters, eps=EPS)
         functional.check_normalization(normalization)
         functional.check_tau(tau)
         self.embed_dims = embed_dims

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose_backend, native, reference
+from .presets import DELTA, EPS, KERNEL_SCALE, NEWTON_ITERS, NORMALIZATION, TAU
 
 __all__ = ["NORMALIZATIONS", "laplacian_attention", "laplacian_kernel", "newton_schulz_inverse"]
 
@@ -23,7 +24,7 @@ def check_kernel_scale(scale: float) -> None:
     """Raise ValueError unless the kernel's scale is a positive finite number."""
     if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
         raise ValueError(
-            f"the kernel scale is {scale!r}, and has to be a positive finite number (the paper's is 4.0)."
+            f"the kernel scale is {scale!r}, and has to be a positive finite number (the paper's is {KERNEL_SCALE})."
         )
 
 
@@ -75,7 +76,9 @@ def _checked_tensors(**tensors: Tensor) -> list[Tensor]:
     return list(tensors.values())
 
 
-def laplacian_kernel(x: Tensor, y: Tensor, scale: float = 4.0, *, backend: str | None = None) -> Tensor:
+def laplacian_kernel(
+    x: Tensor, y: Tensor, scale: float = KERNEL_SCALE, *, backend: str | None = None
+) -> Tensor:
     """The Laplacian kernel matrix ``exp(-|x_i - y_j|_1 / scale)`` (paper, section 3).
 
     Args:
@@ -106,7 +109,7 @@ def laplacian_kernel(x: Tensor, y: Tensor, scale: float = 4.0, *, backend: str |
 
 
 def newton_schulz_inverse(
-    w: Tensor, iters: int = 10, eps: float = 1e-2, *, backend: str | None = None
+    w: Tensor, iters: int = NEWTON_ITERS, eps: float = EPS, *, backend: str | None = None
 ) -> Tensor:
     """``(w + eps I)^-1`` of kernel matrices by matrix products alone (paper, section 3.3; start and scaling are the project's).
 
@@ -140,12 +143,12 @@ def laplacian_attention(
     k: Tensor,
     v: Tensor,
     landmarks: Tensor,
-    scale: float = 4.0,
-    iters: int = 10,
-    eps: float = 1e-2,
-    tau: float = 1e-2,
-    delta: float = 1e-5,
-    normalization: str = "mass",
+    scale: float = KERNEL_SCALE,
+    iters: int = NEWTON_ITERS,
+    eps: float = EPS,
+    tau: float = TAU,
+    delta: float = DELTA,
+    normalization: str = NORMALIZATION,
     *,
     backend: str | None = None,
 ) -> Tensor:

@@ -13,46 +13,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attention import LaplacianAttention, landmark_grid_pair
 from .blocks import Block, PatchEmbed, Stage, init_weights
+from .presets import (
+    KERNEL_SCALE,
+    LANDMARK_GRID,
+    NEWTON_ITERS,
+    NORMALIZATION,
+    NUM_STAGES,
+    TAU,
+    resolve_arch,
+)
 
-NUM_STAGES = 4
 MIN_SIZE = 32
-_WIDTHS = {"embed_dims": (64, 128, 320, 512), "num_heads": (1, 2, 5, 8), "mlp_ratios": (8, 8, 4, 4)}
-# Depths are reconstructed: the paper publishes parameters and FLOPs, and these meet both within 1 %.
-ARCHS: dict[str, dict[str, tuple[int, ...]]] = {
-    "tiny": {**_WIDTHS, "depths": (2, 2, 2, 2)},
-    "small": {**_WIDTHS, "depths": (3, 3, 10, 3)},
-    "medium": {**_WIDTHS, "depths": (3, 3, 19, 6)},
-    "large": {**_WIDTHS, "depths": (3, 3, 35, 5)},
-    "huge": {**_WIDTHS, "depths": (3, 5, 52, 3)},
-}
-
-
-def resolve_arch(arch: str | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Look a preset up, or check a dict with the keys ``embed_dims``, ``depths``, ``num_heads`` and ``mlp_ratios``.
-
-    Raises:
-        ValueError: an unknown name, wrong keys, or values that are not four positive integers.
-    """
-    if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise ValueError(f"the arch {arch!r} does not exist: use one of {', '.join(ARCHS)}, or a dict.")
-        return ARCHS[arch]
-    wanted = set(ARCHS["tiny"])
-    if not isinstance(arch, Mapping) or set(arch) != wanted:
-        got = sorted(arch) if isinstance(arch, Mapping) else type(arch).__name__
-        raise ValueError(
-            f"a custom arch is a dict with exactly the keys {sorted(wanted)}, and this one has {got}."
-        )
-    for key, values in arch.items():
-        if (
-            not isinstance(values, (tuple, list))
-            or len(values) != NUM_STAGES
-            or not all(isinstance(n, int) and n >= 1 for n in values)
-        ):
-            raise ValueError(
-                f"arch[{key!r}] is {values!r}, and has to be {NUM_STAGES} positive integers, one per stage."
-            )
-    return {key: tuple(values) for key, values in arch.items()}
 
 
 def _resolve_grids(landmark_grid: Sequence[Any]) -> list[tuple[int, int]]:
@@ -122,11 +93,11 @@ class LaplacianFormer(BaseModule):
         with_cp: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
-        landmark_grid: Sequence[Any] = (7, 7),
-        kernel_scale: float = 4.0,
-        newton_iters: int = 10,
-        normalization: str = "mass",
-        tau: float = 1e-2,
+        landmark_grid: Sequence[Any] = LANDMARK_GRID,
+        kernel_scale: float = KERNEL_SCALE,
+        newton_iters: int = NEWTON_ITERS,
+        normalization: str = NORMALIZATION,
+        tau: float = TAU,
         rotary: bool = True,
         learn_kernel_scale: bool = False,
         out_channels_last: bool = False,

@@ -15,7 +15,7 @@ from mmengine.registry import MODELS
 
 from lf_dense import LaplacianFormer
 from lf_dense.blocks import DropPath
-from lf_dense.laplacianformer import ARCHS
+from lf_dense.presets import ARCHS
 
 SMALL = {
     "embed_dims": (8, 16, 24, 32),

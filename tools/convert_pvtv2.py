@@ -6,7 +6,7 @@ import argparse
 
 from lf_dense import LaplacianFormer, load_pretrained
 from lf_dense.errors import run_tool, tool_parser
-from lf_dense.laplacianformer import ARCHS
+from lf_dense.presets import ARCHS
 from lf_dense.training.cli import add_trust_option
 from lf_dense.weights.publishing import write_checkpoint
 from lf_dense.weights.pvtv2 import FORMS

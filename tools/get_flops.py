@@ -7,7 +7,7 @@ import argparse
 from lf_dense import LaplacianFormer
 from lf_dense.benchmark.complexity import count
 from lf_dense.errors import run_tool, tool_parser
-from lf_dense.laplacianformer import ARCHS
+from lf_dense.presets import ARCHS
 
 NUM_CLASSES = 1000
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lf_dense import LaplacianFormer
 from lf_dense.errors import UsageError, run_tool, tool_parser
-from lf_dense.laplacianformer import ARCHS
+from lf_dense.presets import ARCHS
 from lf_dense.training.cli import add_trust_option
 from lf_dense.weights.pretrained import compare, find_backbone
 from lf_dense.weights.publishing import arch_of

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lf_dense import LaplacianFormer
 from lf_dense.benchmark.timing import timed
-from lf_dense.laplacianformer import ARCHS
+from lf_dense.presets import ARCHS
 
 
 def build_peers() -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ from mmengine.config import DictAction
 
 from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.files import write_atomically
-from lf_dense.laplacianformer import ARCHS
+from lf_dense.presets import ARCHS
 from lf_dense.swap.backbone import swap_backbone
 from lf_dense.training.cli import add_trust_option
 from lf_dense.weights.reading import trust_checkpoint

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .. import functional
 from ..attention import LaplacianAttention, map_to_tokens, rotary_table, tokens_to_map
 from ..backends import reference
+from ..presets import DELTA, EPS
 
 
 def gaussian_kernel(x: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -39,9 +40,9 @@ class GaussianAttention(LaplacianAttention):
             self.pool_landmarks(q.transpose(1, 2), hw_shape),
             2 * math.sqrt(self.head_dims),
             self.newton_iters,
-            1e-2,
+            EPS,
             self.tau,
-            1e-5,
+            DELTA,
             self.normalization,
             gaussian_kernel,
             functional.newton_schulz_inverse,

@@ -15,7 +15,7 @@ from ..frameworks import framework_of, load_config, type_name
 from ..laplacianformer import LaplacianFormer
 from ..weights.reading import is_remote, read_checkpoint
 from .rewiring import (
-    PYRAMID_STRIDES,
+    STRIDES,
     Levels,
     Rewiring,
     SwapError,
@@ -128,9 +128,7 @@ class _Swap:
             self.backbone.setdefault("in_channels", old["in_channels"])
         self.backbone["out_indices"] = stages
         dims = self._build_on_meta().embed_dims
-        after = Levels(
-            tuple(dims[stage] for stage in stages), tuple(PYRAMID_STRIDES[stage] for stage in stages)
-        )
+        after = Levels(tuple(dims[stage] for stage in stages), tuple(STRIDES[stage] for stage in stages))
         Rewiring(holder, before, after, by_index=self.scope == "mmseg").run()
         if before.strides != after.strides:
             self.notes.append(f"its maps had strides {before.strides}, and have {after.strides} now")

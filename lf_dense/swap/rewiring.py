@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..frameworks import type_name
+from ..presets import STRIDES
 
-PYRAMID_STRIDES = (4, 8, 16, 32)
 PROBE_SIZE = 128
 _STRIDE_KEYS = ("strides", "featmap_strides", "feature_strides")
 # These work on maps of any width and hand it on.
@@ -213,13 +213,13 @@ def choose_stages(old: Levels) -> tuple[int, ...]:
         raise SwapError(
             f"the backbone cannot be replaced: it is a decoder, whose maps get finer (strides {old.strides})."
         )
-    if count > len(PYRAMID_STRIDES):
+    if count > len(STRIDES):
         raise SwapError(
             f"the backbone cannot be replaced: it returns {count} maps, and a LaplacianFormer has four."
         )
-    if len(set(old.strides)) == count and set(old.strides) <= set(PYRAMID_STRIDES):
-        return tuple(PYRAMID_STRIDES.index(stride) for stride in old.strides)
-    return tuple(range(len(PYRAMID_STRIDES) - count, len(PYRAMID_STRIDES)))
+    if len(set(old.strides)) == count and set(old.strides) <= set(STRIDES):
+        return tuple(STRIDES.index(stride) for stride in old.strides)
+    return tuple(range(len(STRIDES) - count, len(STRIDES)))
 
 
 def _mapped(stated: Any, old: Sequence[int], new: Sequence[int]) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 
 from ..frameworks import load_config, override_config
-from ..laplacianformer import ARCHS
+from ..presets import ARCHS
 from ..swap.backbone import set_pretrained, swap_backbone
 from ..weights.reading import trust_checkpoint
 from .runs import DEFAULT_WORK_DIRS

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..files import write_atomically
 from ..frameworks import FRAMEWORKS
-from ..laplacianformer import ARCHS
+from ..presets import ARCHS
 from .pretrained import FoundBackbone, find_backbone
 from .reading import HASHED_NAME, read_checkpoint, tensors_of
 

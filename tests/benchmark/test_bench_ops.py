@@ -157,7 +157,7 @@ def test_shapes_are_the_backbones(bench):
 
 def test_presets_agree_with_the_backbone(bench):
     pytest.importorskip("mmengine")
-    from lf_dense.laplacianformer import ARCHS
+    from lf_dense.presets import ARCHS
 
     assert {(arch["embed_dims"], arch["num_heads"]) for arch in ARCHS.values()} == {
         (bench.WIDTHS, bench.HEADS)

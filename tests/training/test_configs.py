@@ -18,7 +18,7 @@ from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, init_default_s
 
 from lf_dense import LaplacianFormer
 from lf_dense.frameworks import load_config
-from lf_dense.laplacianformer import ARCHS
+from lf_dense.presets import ARCHS
 from lf_dense.swap.rewiring import nested, without_pretrained
 
 FOLDERS = ("detection", "segmentation", "imagenet")

@@ -15,7 +15,7 @@ from mmengine.logging import HistoryBuffer
 
 from lf_dense import LaplacianFormer, load_pretrained
 from lf_dense.errors import UsageError
-from lf_dense.laplacianformer import ARCHS
+from lf_dense.presets import ARCHS
 from lf_dense.weights.publishing import arch_of, publish, write_checkpoint
 from lf_dense.weights.reading import read_checkpoint
 
