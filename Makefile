@@ -1,20 +1,21 @@
-# The targets do their own set-up: a .venv in this checkout, made once and completed where it was interrupted. gpu-check alone takes
-# $(PYTHON) and what it has.
+# The targets do their own set-up: a .venv in this checkout, made once and completed where it was interrupted.
+# gpu-check alone takes $(PYTHON) and what it has.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test lint wheel sanitize gpu-check
+.PHONY: help setup demo test lint coverage wheel sanitize gpu-check
 
 help:
-	@echo "make setup      the pinned environment in $(VENV) (about 8 minutes on 2 cores: it compiles mmcv's operators)"
-	@echo "make demo       train a small detector on made-up shapes, with pictures at the end (at most 10 minutes on 2 cores)"
+	@echo "make setup      the pinned environment in $(VENV) (5 to 9 minutes on 2 cores: it compiles mmcv)"
+	@echo "make demo       train a small detector on made-up shapes, and draw (at most 10 minutes on 2 cores)"
 	@echo "make test       the tests"
-	@echo "make lint       ruff"
+	@echo "make lint       ruff, mypy and clang-format"
+	@echo "make coverage   the tests, and which lines of lf_dense they ran: htmlcov/index.html"
 	@echo "make wheel      a wheel with the operators compiled, in dist/"
-	@echo "make sanitize   the operator tests on operators compiled with AddressSanitizer and UBSan (about 10 minutes)"
-	@echo "make gpu-check  build, test, check and measure the operators on this machine's GPU (at most 10 minutes; needs nvcc, and torch"
-	@echo "                and pytest in \$$(PYTHON); results in work_dirs/gpu_check, or the folder OUT=...)"
+	@echo "make sanitize   the operators' tests, compiled with AddressSanitizer and UBSan (about 10 minutes)"
+	@echo "make gpu-check  build, test, check and measure the operators on this machine's GPU (at most 10 minutes;"
+	@echo "                needs nvcc, and torch and pytest in \$$(PYTHON); results in work_dirs/gpu_check or OUT=...)"
 
 setup:
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
@@ -28,6 +29,12 @@ test: setup
 lint: setup
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+	@$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'ops/*' 'tests/*.h' 'tests/*.cpp')
+
+# Tools run in processes of their own: pytest-cov's hook measures those as well.
+coverage: setup
+	@$(RUN) -m pytest --cov --cov-report=term --cov-report=html
 
 # What an earlier build left in build/ must not end up in the wheel.
 wheel: setup

@@ -50,8 +50,8 @@ def find_torch() -> tuple[Path, str, str | None]:
     """Torch's folder, version and CUDA version."""
     if find_spec("torch") is None:
         raise CannotBuild(
-            "torch cannot be imported while building (install torch first, then lf_dense with"
-            " --no-build-isolation)"
+            "torch cannot be imported while building (install torch first, then lf_dense with "
+            "--no-build-isolation)"
         )
     import torch
 
@@ -91,8 +91,8 @@ def architectures(requested: str) -> list[str]:
         found = re.fullmatch(r"(\d+)\.(\d[a-z]?)(\+PTX)?", entry)
         if not found:
             raise SystemExit(
-                f"TORCH_CUDA_ARCH_LIST is {requested!r}: write numbers like '8.0;9.0+PTX' ({entry!r} is not"
-                " one)."
+                f"TORCH_CUDA_ARCH_LIST is {requested!r}: write numbers like '8.0;9.0+PTX' ({entry!r} is not "
+                "one)."
             )
         number = found[1] + found[2]
         options.append(f"-gencode arch=compute_{number},code=sm_{number}")
@@ -122,8 +122,8 @@ class Ninja:
             "rule cuda",
             # The compiler's resource report stays beside the object; it is shown where the compilation fails.
             (
-                "  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out > $out.report 2>&1 || (cat"
-                " $out.report && false)"
+                "  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out > $out.report 2>&1 || (cat "
+                "$out.report && false)"
             ),
             "  depfile = $out.d",
             "  deps = gcc",
@@ -175,8 +175,8 @@ class BuildOperators(build_ext):
                 if flag("LF_DENSE_FORCE_CUDA"):
                     raise SystemExit(f"LF_DENSE_FORCE_CUDA is set, but {why}.") from None
                 message = (
-                    f"lf_dense is installed without native operators, since {why}: it runs the plain PyTorch"
-                    " reference."
+                    f"lf_dense is installed without native operators, since {why}: it runs the plain PyTorch "
+                    "reference."
                 )
                 warnings.warn(message, stacklevel=1)
         target.mkdir(parents=True, exist_ok=True)
@@ -224,8 +224,8 @@ class BuildOperators(build_ext):
             raise CannotBuild("nvcc was not found (put it on the PATH or set CUDA_HOME)")
         if torch_cuda and not nvcc:
             message = (
-                "lf_dense's CUDA operators are not built, since nvcc was not found: CUDA tensors run the"
-                " reference."
+                "lf_dense's CUDA operators are not built, since nvcc was not found: CUDA tensors run the "
+                "reference."
             )
             warnings.warn(message, stacklevel=1)
         if nvcc and (torch_cuda or flag("LF_DENSE_FORCE_CUDA")):
@@ -254,9 +254,9 @@ class BuildOperators(build_ext):
     def add_cuda(ninja: Ninja, nvcc: str, torch_folder: Path, requested: str) -> str:
         ninja.variable("nvcc", nvcc)
         flags = (
-            f"-std=c++20 -O3 -DUSE_CUDA -DTORCH_TARGET_VERSION={ABI_TARGET}"
-            f" {' '.join(architectures(requested))} -isystem {shlex.quote(str(torch_folder / 'include'))}"
-            " -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v --threads 1"
+            f"-std=c++20 -O3 -DUSE_CUDA -DTORCH_TARGET_VERSION={ABI_TARGET} "
+            f"{' '.join(architectures(requested))} -isystem {shlex.quote(str(torch_folder / 'include'))} "
+            "-Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v --threads 1"
         )
         sources = sorted((OPS / "cuda").glob("*.cu"))
         objects = [ninja.build("cuda", f"cuda_{source.stem}.o", [source], flags=flags) for source in sources]

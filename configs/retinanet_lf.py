@@ -1,4 +1,7 @@
-"""RetinaNet, LaplacianFormer-Tiny, FPN, COCO 2017, 1x schedule (12 epochs), AdamW; tuned for 16 images per step."""
+"""RetinaNet, LaplacianFormer-Tiny, COCO, 1x (12 epochs).
+
+AdamW 1e-4, for 16 images per step.
+"""
 
 _base_ = [
     "mmdet::_base_/models/retinanet_r50_fpn.py",

@@ -81,5 +81,5 @@ param_scheduler = [
 ]
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=4), visualization=dict(score_thr=0.5))
 auto_scale_lr = dict(base_batch_size=4)
-# The first hundred steps decide how far the rest gets in these minutes: the same ones each time.
+# The first hundred steps decide how far the rest gets, so they are the same each time.
 randomness = dict(seed=0)

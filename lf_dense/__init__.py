@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LaplacianAttention",
     "LaplacianFormer",
+    "LayerDecayOptimWrapperConstructor",
     "LayerDecayOptimizer",
     "__version__",
     "build_info",
@@ -30,13 +31,14 @@ if _find_spec("mmengine") is not None:
     from .frameworks import align_config_names as _align_config_names
     from .laplacianformer import LaplacianFormer
     from .swap.backbone import swap_backbone
-    from .training.layer_decay import LayerDecayOptimizer
+    from .training.layer_decay import LayerDecayOptimWrapperConstructor
     from .weights.pretrained import load_pretrained
 
+    LayerDecayOptimizer = LayerDecayOptimWrapperConstructor  # its name in version 0.1
     _align_config_names()
 else:
 
     def __getattr__(name: str) -> object:
-        if name in ("LaplacianFormer", "LayerDecayOptimizer", "load_pretrained", "swap_backbone"):
+        if name in __all__:
             raise ImportError(f"lf_dense.{name} needs mmengine: pip install onedl-mmengine (or mmengine).")
         raise AttributeError(f"module 'lf_dense' has no attribute {name!r}")

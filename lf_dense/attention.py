@@ -1,4 +1,6 @@
-"""LaplacianAttention: projections, rotary embedding, landmarks, the kernel attention and a depthwise convolution of the values.
+"""LaplacianAttention: the layer around ``lf_dense.functional.laplacian_attention``.
+
+It adds projections, a rotary embedding, landmarks, and a depthwise convolution of the values.
 
 Tokens ``(B, N, C)`` and maps ``(B, C, H, W)`` are two views of one channels-last memory, so nothing is copied
 between them.
@@ -24,7 +26,7 @@ def tokens_to_map(x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
 
 
 def map_to_tokens(x: Tensor) -> Tensor:
-    """View a map ``(B, C, H, W)`` as tokens ``(B, H * W, C)``; copies only where the map is not channels-last."""
+    """View a map ``(B, C, H, W)`` as tokens ``(B, H * W, C)``; a map that is not channels-last is copied."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -56,7 +58,10 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _pooling_matrix(size: int, cells: int, like: Tensor) -> Tensor:
-    """Rows of adaptive average pooling, ``(cells, size)``: cell i averages from floor(i size / cells) to ceil((i + 1) size / cells)."""
+    """Adaptive average pooling as a matrix ``(cells, size)``.
+
+    Cell i averages positions floor(i size / cells) to ceil((i + 1) size / cells).
+    """
     cell = torch.arange(cells, device=like.device)
     first, end = cell * size // cells, ((cell + 1) * size + cells - 1) // cells
     position = torch.arange(size, device=like.device)
@@ -79,11 +84,11 @@ def landmark_grid_pair(grid: object) -> tuple[int, int]:
 
 
 class LaplacianAttention(nn.Module):
-    """Multi-head Laplacian attention over the tokens of a map, plus a 3 x 3 depthwise convolution of the values.
+    """Multi-head Laplacian attention over the tokens of a map, with a 3 x 3 depthwise convolution.
 
     Landmarks are the rotated queries averaged over a fixed grid: at 224 x 224 the default 7 x 7 is the
-        paper's own pooling in
-    every stage, and at any other size their number, and so the cost per token, stays what it was.
+    paper's own pooling in every stage, and at any other size their number, and so the cost per token, stays
+    what it was.
 
     Args:
         embed_dims: channels C.
@@ -118,8 +123,8 @@ class LaplacianAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or embed_dims % num_heads or (embed_dims // num_heads) % 4:
             raise ValueError(
-                f"{num_heads} heads of {embed_dims} channels: each head needs a whole number of channels, a"
-                " multiple of 4 (the rotary embedding turns pairs along two axes)."
+                f"{num_heads} heads of {embed_dims} channels: each head needs a whole number of channels, a "
+                "multiple of 4 (the rotary embedding turns pairs along two axes)."
             )
         functional.check_kernel_scale(kernel_scale)
         functional.check_solver(newton_iters, eps=EPS)
@@ -169,15 +174,17 @@ class LaplacianAttention(nn.Module):
         if table is None:
             table = rotary_table(hw_shape, self.head_dims, x.device)
         q, k, v = self.q(x), self.k(x), self.v(x)
-        attended = self.attend(self.place(q, table), self.place(k, table), self.split(v), hw_shape)
+        attended = self.attend(
+            self.split_and_rotate(q, table), self.split_and_rotate(k, table), self.split(v), hw_shape
+        )
         return self.merge(attended, v, hw_shape)
 
     def split(self, x: Tensor) -> Tensor:
         """View ``(B, N, C)`` as ``(B, N, heads, head_dims)``."""
         return x.unflatten(2, (self.num_heads, self.head_dims))
 
-    def place(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        """Split queries or keys ``(B, N, C)`` into heads, scale each by what it has learned, and turn them by their place."""
+    def split_and_rotate(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries or keys ``(B, N, C)`` as heads ``(B, N, heads, head_dims)``, scaled and rotated."""
         x = self.split(x)
         if self.log_scale is not None:
             # The kernel of points divided by a factor is the kernel whose scale has that factor.
@@ -185,7 +192,13 @@ class LaplacianAttention(nn.Module):
         return rotate(x, table) if self.rotary else x
 
     def merge(self, attended: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Add the convolution of the values ``(B, N, C)`` to what was attended ``(B, N, heads, head_dims)``, and project."""
+        """Add the convolution of the values, and project.
+
+        Args:
+            attended: ``(B, N, heads, head_dims)``.
+            v: values ``(B, N, C)``.
+            hw_shape: ``(H, W)``.
+        """
         local = self.split(map_to_tokens(self.dwconv(tokens_to_map(v, hw_shape))))
         # The sum takes the layout of its first operand, so the heads return to their place without a copy of
         # their own.
@@ -206,8 +219,8 @@ class LaplacianAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"num_heads={self.num_heads}, landmark_grid={self.landmark_grid},"
-            f" kernel_scale={self.kernel_scale}, newton_iters={self.newton_iters},"
-            f" normalization={self.normalization!r}, tau={self.tau}, rotary={self.rotary},"
-            f" learn_kernel_scale={self.log_scale is not None}"
+            f"num_heads={self.num_heads}, landmark_grid={self.landmark_grid}, "
+            f"kernel_scale={self.kernel_scale}, newton_iters={self.newton_iters}, "
+            f"normalization={self.normalization!r}, tau={self.tau}, rotary={self.rotary}, "
+            f"learn_kernel_scale={self.log_scale is not None}"
         )

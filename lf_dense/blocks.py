@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .attention import map_to_tokens, rotary_table, tokens_to_map
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch for whole samples, and scale the others up to keep the mean."""
+    """Stochastic depth: drop a residual branch for whole samples, and scale up the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class DropPath(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Overlapping patch embedding: a strided convolution (its output is ceil(size / stride)) and a LayerNorm."""
+    """Overlapping patch embedding: a strided convolution to ceil(size / stride), and a LayerNorm."""
 
     def __init__(self, in_channels: int, embed_dims: int, kernel_size: int, stride: int) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch embedding, blocks and output norm of one resolution; the rotary table is made once for all its blocks."""
+    """Patch embedding, blocks and output norm of one resolution; all its blocks share one rotary table."""
 
     def __init__(
         self, patch_embed: PatchEmbed, blocks: Sequence[Block], embed_dims: int, with_cp: bool = False
@@ -98,10 +99,12 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
         self.with_cp = with_cp
+        attention: Any = blocks[0].attn
+        self.head_dims: int = attention.head_dims
 
     def forward(self, x: Tensor) -> Tensor:
         x, hw_shape = self.patch_embed(x)
-        table = rotary_table(hw_shape, self.blocks[0].attn.head_dims, x.device)
+        table = rotary_table(hw_shape, self.head_dims, x.device)
         for block in self.blocks:
             if self.with_cp and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, hw_shape, table, use_reentrant=False)
@@ -111,7 +114,10 @@ class Stage(nn.Module):
 
 
 def init_weights(model: nn.Module) -> None:
-    """Initialise as PVTv2 does: truncated normal of 0.02 for linear layers, fan-out normal for convolutions, zero biases."""
+    """Initialise as PVTv2 does.
+
+    Linear layers get a truncated normal of 0.02, convolutions a fan-out normal, biases zero.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

@@ -1,4 +1,4 @@
-"""The address of ``DistilledClassifier`` in configs: ``custom_imports=dict(imports=["lf_dense", "lf_dense.distillation"])``."""
+"""Where configs find ``DistilledClassifier``: ``imports=["lf_dense", "lf_dense.distillation"]``."""
 
 from .training.distillation import DistilledClassifier
 

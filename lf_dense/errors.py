@@ -12,6 +12,13 @@ class UsageError(ValueError):
     """A config, path or option that cannot work; one sentence says what, what was expected and what to do."""
 
 
+def reason_of(error: BaseException) -> str:
+    """An error's text on one line, without its final full stop."""
+    # A KeyError's text is the repr of its message.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()).rstrip(".") or f"a {type(error).__name__} without a message"
+
+
 def tool_parser(description: str | None, **options: Any) -> argparse.ArgumentParser:
     """A tool's parser of arguments, with the option that every tool has: ``--traceback``."""
     parser = argparse.ArgumentParser(description=description, **options)
@@ -22,7 +29,7 @@ def tool_parser(description: str | None, **options: Any) -> argparse.ArgumentPar
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a tool's ``main`` and exit with the code that it returns.
 
-    A ``UsageError`` prints its sentence and exits with 2. With ``--traceback`` on the command line it is shown whole.
+    A ``UsageError`` prints its sentence and exits with 2. With ``--traceback`` it is shown whole.
     """
     try:
         sys.exit(main())

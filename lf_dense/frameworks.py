@@ -1,4 +1,4 @@
-"""The OpenMMLab frameworks a config may belong to: finding configs by path or name, and saying what is missing.
+"""The OpenMMLab frameworks that a config may belong to: finding configs, and saying what is missing.
 
 Upstream's releases and the maintained ``onedl-*`` forks share import names, so everything here looks for
 modules.
@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hub import get_config
 
-from .errors import UsageError
+from .errors import UsageError, reason_of
 
 SPLITS = ("train", "val", "test")
 
@@ -52,7 +52,7 @@ FRAMEWORKS = {
 
 
 def align_config_names() -> None:
-    """Let ``mmseg::...`` resolve under the fork, whose distribution mmengine's table of names does not know."""
+    """Let ``mmseg::...`` resolve under the fork, whose distribution mmengine does not know."""
     try:
         metadata.distribution("mmsegmentation")
     except metadata.PackageNotFoundError:
@@ -60,7 +60,7 @@ def align_config_names() -> None:
 
 
 def type_name(settings: dict[str, Any] | None) -> str:
-    """A component's name without its scope, whether the config has a string or, in the pure Python style, a class."""
+    """A component's name without its scope; pure Python configs have a class in the place of a string."""
     kind = (settings or {}).get("type") or ""
     return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
 
@@ -74,7 +74,7 @@ def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
             data root, which setting the plain key would not do.
 
     Raises:
-        UsageError: the file or name does not exist, or a framework it inherits from is not installed.
+        UsageError: the file or name does not exist, is no config, or needs a framework that is not installed.
     """
     scope, packaged, _ = name.partition("::")
     if packaged and scope not in FRAMEWORKS:
@@ -87,21 +87,30 @@ def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
         )
     try:
         config = get_config(name) if packaged else Config.fromfile(name)
-    except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
+    except Exception as error:  # a config is Python, and fails in every way there is
         for framework in FRAMEWORKS.values():
             if not framework.installed and framework.scope in str(error):
                 raise UsageError(f"the config {name!r} cannot be read: {framework.how_to_install}") from error
-        raise UsageError(f"the config {name!r} cannot be read: {error}") from error
-
+        reason = f"{type(error).__name__}: {reason_of(error)[:300]}"
+        raise UsageError(
+            f"the config {name!r} cannot be read: {reason} (--traceback shows where)."
+        ) from error
     override_config(config, options)
     return config
 
 
 def override_config(config: Config, options: dict[str, Any] | None) -> None:
-    """Apply ``load_config``'s ``options`` to a config."""
+    """Apply ``load_config``'s ``options`` to a config.
+
+    Raises:
+        UsageError: an option has no place in it.
+    """
     options = dict(options or {})
     data_root = options.pop("data_root", None)
-    config.merge_from_dict(options)
+    try:
+        config.merge_from_dict(options)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise UsageError(f"--cfg-options do not fit the config: {reason_of(error)}.") from error
     if data_root is not None:
         move_data_root(config, data_root)
 
@@ -115,8 +124,8 @@ def framework_of(config: Config) -> Framework:
     scope = config.get("default_scope")
     if scope not in FRAMEWORKS:
         raise UsageError(
-            f"the config's default_scope is {scope!r}: set it to one of {', '.join(FRAMEWORKS)}, which it"
-            " trains with."
+            f"the config's default_scope is {scope!r}: set it to one of {', '.join(FRAMEWORKS)}, which it "
+            "trains with."
         )
     framework = FRAMEWORKS[scope]
     if not framework.installed:
@@ -148,7 +157,8 @@ def move_data_root(config: Config, data_root: str) -> None:
     Raises:
         UsageError: the datasets have no data root, or several.
     """
-    roots = {dataset.get("data_root") for _, dataset in datasets_of(config, SPLITS)} - {None, ""}
+    stated = (dataset.get("data_root") for _, dataset in datasets_of(config, SPLITS))
+    roots = {root for root in stated if root}
     if len(roots) != 1:
         raise UsageError(
             f"data_root cannot be set as a whole, since the config's datasets have {sorted(roots) or 'none'}:"
@@ -178,7 +188,7 @@ def _local(*parts: str) -> Path | None:
 
 
 def check_data(config: Config, splits: tuple[str, ...]) -> None:
-    """Make sure that what the dataloaders and evaluators will read is there, before minutes are spent on a model.
+    """Make sure that what dataloaders and evaluators will read is there.
 
     Raises:
         UsageError: the first path that is missing, with the config's key for it.

@@ -24,7 +24,8 @@ def check_kernel_scale(scale: float) -> None:
     """Raise ValueError unless the kernel's scale is a positive finite number."""
     if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
         raise ValueError(
-            f"the kernel scale is {scale!r}, and has to be a positive finite number (the paper's is {KERNEL_SCALE})."
+            f"the kernel scale is {scale!r}, and has to be a positive finite number "
+            f"(the paper's is {KERNEL_SCALE})."
         )
 
 
@@ -32,8 +33,8 @@ def check_solver(iters: int, eps: float) -> None:
     """Raise ValueError unless the solver has at least one step and a positive finite ridge."""
     if not isinstance(iters, int) or iters < 1:
         raise ValueError(
-            f"the solver got {iters!r} iterations, and needs a whole number, at least 1 (10 converge for"
-            " every input up to 196 landmarks)."
+            f"the solver got {iters!r} iterations, and needs a whole number, at least 1 (10 converge for "
+            "every input up to 196 landmarks)."
         )
     if not 0 < eps < math.inf:
         raise ValueError(
@@ -70,8 +71,8 @@ def _checked_tensors(**tensors: Tensor) -> list[Tensor]:
     for name, tensor in others:
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise TypeError(
-                f"{name} is {tensor.dtype} on {tensor.device} and {first_name} is {first.dtype} on"
-                f" {first.device}: convert them to one dtype and one device."
+                f"{name} is {tensor.dtype} on {tensor.device} and {first_name} is {first.dtype} on "
+                f"{first.device}: convert them to one dtype and one device."
             )
     return list(tensors.values())
 
@@ -100,8 +101,8 @@ def laplacian_kernel(
     x, y = _checked_tensors(x=x, y=y)
     if x.ndim < 2 or x.ndim != y.ndim or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: they have to be (..., N, d) and (...,"
-            " M, d)."
+            f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: they have to be (..., N, d) and (..., "
+            "M, d)."
         )
     check_kernel_scale(scale)
     implementation = native if choose_backend(backend, x.device, x.shape[-1]) == "native" else reference
@@ -111,7 +112,9 @@ def laplacian_kernel(
 def newton_schulz_inverse(
     w: Tensor, iters: int = NEWTON_ITERS, eps: float = EPS, *, backend: str | None = None
 ) -> Tensor:
-    """``(w + eps I)^-1`` of kernel matrices by matrix products alone (paper, section 3.3; start and scaling are the project's).
+    """``(w + eps I)^-1`` of kernel matrices by matrix products alone (paper, section 3.3).
+
+    The start and the scaling are the project's (docs/method.md).
 
     Args:
         w: symmetric positive semi-definite matrices with non-negative entries ``(..., m, m)``: any supported
@@ -152,7 +155,7 @@ def laplacian_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Laplacian linear attention: each token's average of the values, weighted by a Nystroem kernel (paper, section 3.2).
+    """Laplacian linear attention: averages of the values, weighted by a Nystroem kernel (paper, section 3.2).
 
     With ``G = C_q (W + eps I)^-1 C_k^T``, the kernel between queries and keys through the landmarks, the
     result is ``Z V``:

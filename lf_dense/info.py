@@ -25,13 +25,13 @@ def _choice(device: torch.device) -> str:
     if obstacle is None:
         return "native"
     return (
-        f"{'an error, since native is asked for and' if requested == 'native' else 'reference, since'}"
-        f" {obstacle}"
+        f"{'an error, since native is asked for and' if requested == 'native' else 'reference, since'} "
+        f"{obstacle}"
     )
 
 
 def report() -> str:
-    """The lines that ``python -m lf_dense.info`` prints: versions, the build, and each function's backend with the reason."""
+    """What ``python -m lf_dense.info`` prints: versions, the build, each function's backend and why."""
     build = native.build_info()
     rows = [
         ("lf_dense", __version__),
@@ -50,8 +50,8 @@ def report() -> str:
             (
                 "instruction sets",
                 (
-                    f"{', '.join(build['instruction_sets_compiled'])} compiled; {build['instruction_set']}"
-                    " in use"
+                    f"{', '.join(build['instruction_sets_compiled'])} compiled; {build['instruction_set']} "
+                    "in use"
                 ),
             ),
         ]

@@ -112,13 +112,13 @@ class LaplacianFormer(BaseModule):
             or sorted({*out_indices} & {*range(NUM_STAGES)}) != list(out_indices)
         ):
             raise ValueError(
-                f"out_indices is {out_indices!r}, and has to be increasing stage numbers from 0 to"
-                f" {NUM_STAGES - 1}."
+                f"out_indices is {out_indices!r}, and has to be increasing stage numbers from 0 to "
+                f"{NUM_STAGES - 1}."
             )
         if frozen_stages not in range(-1, NUM_STAGES + 1):
             raise ValueError(
-                f"frozen_stages is {frozen_stages!r}, and has to be from -1 (nothing) to {NUM_STAGES}"
-                " (everything)."
+                f"frozen_stages is {frozen_stages!r}, and has to be from -1 (nothing) to {NUM_STAGES} "
+                "(everything)."
             )
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(f"in_channels is {in_channels!r}, and has to be a positive integer.")
@@ -197,13 +197,13 @@ class LaplacianFormer(BaseModule):
             )
         if not x.is_floating_point():
             raise TypeError(
-                f"the image batch is {x.dtype}: normalise it to floating point first (a data_preprocessor"
-                " does that)."
+                f"the image batch is {x.dtype}: normalise it to floating point first (a data_preprocessor "
+                "does that)."
             )
         if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
             raise ValueError(
-                f"the images are {x.shape[2]} x {x.shape[3]}, and have to be at least {MIN_SIZE} x"
-                f" {MIN_SIZE}: pad or enlarge them."
+                f"the images are {x.shape[2]} x {x.shape[3]}, and have to be at least {MIN_SIZE} x "
+                f"{MIN_SIZE}: pad or enlarge them."
             )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

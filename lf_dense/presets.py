@@ -1,7 +1,7 @@
 """The presets of the pyramid, and the constants of the method that several parts share.
 
-Source: "LaplacianFormer: Rethinking Linear Attention with Laplacian Kernel" (arXiv 2604.20368); ``docs/method.md`` says
-which values are the paper's and which are the project's.
+Source: "LaplacianFormer: Rethinking Linear Attention with Laplacian Kernel" (arXiv 2604.20368).
+``docs/method.md`` says which values are the paper's and which are the project's.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 KERNEL_SCALE = 4.0
 # Landmarks are pooled over a fixed grid: at 224 x 224 this is the paper's pooling in every stage.
 LANDMARK_GRID = (7, 7)
-# The solver: Newton-Schulz steps, and the ridge on the diagonal of the landmarks' matrix.
+# The solver's steps, and its ridge on the diagonal of the landmarks' matrix.
 NEWTON_ITERS = 10
 EPS = 1e-2
-# The kernel mass at which a query's row is half its own and half the mean; the ridge of variances in the whitening forms.
+# The kernel mass at which a query's row is half its own and half the mean.
 TAU = 1e-2
+# The ridge of the variances in the whitening forms.
 DELTA = 1e-5
 NORMALIZATION = "mass"
 
@@ -34,7 +35,9 @@ ARCHS: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 def resolve_arch(arch: str | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Look a preset up, or check a dict with the keys ``embed_dims``, ``depths``, ``num_heads`` and ``mlp_ratios``.
+    """Look a preset up, or check a dict of one.
+
+    A dict has the keys ``embed_dims``, ``depths``, ``num_heads`` and ``mlp_ratios``.
 
     Raises:
         ValueError: an unknown name, wrong keys, or values that are not four positive integers.

@@ -23,5 +23,7 @@ PYBIND11_MODULE(_build_info, m) {
     info["instruction_sets_supported"] = supported;
     return info;
   });
-  m.def("instruction_set", [] { return lf::instruction_set().name; }, "The one in use; RuntimeError where LF_DENSE_INSTRUCTION_SET asks for another.");
+  m.def(
+      "instruction_set", [] { return lf::instruction_set().name; },
+      "The one in use; RuntimeError where LF_DENSE_INSTRUCTION_SET asks for another.");
 }

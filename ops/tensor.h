@@ -1,4 +1,5 @@
-// What every operator needs of a tensor, through torch's stable ABI alone, so that one binary serves every torch from 2.11 on.
+// What every operator needs of a tensor, through torch's stable ABI alone, so that one binary serves every
+// torch from 2.11 on.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,7 +10,8 @@
 
 #include "dtype.h"
 
-// A second library of the same sources under another name (the tests' emulation of the CUDA ones) defines these itself.
+// A second library of the same sources under another name (the tests' emulation of the CUDA ones) defines
+// these itself.
 #ifndef LF_LIBRARY
 #define LF_LIBRARY lf_dense
 #endif
@@ -37,7 +39,9 @@ inline DType dtype_of(const Tensor& tensor) {
     case ScalarType::Half:
       return DType::kFloat16;
     default:
-      STD_TORCH_CHECK(false, "lf_dense's operators take float64, float32, bfloat16 and float16 tensors, and this one is none of them.");
+      STD_TORCH_CHECK(false,
+                      "lf_dense's operators take float64, float32, bfloat16 and float16 tensors, and this "
+                      "one is none of them.");
   }
 }
 
@@ -58,12 +62,14 @@ struct View {
   int64_t channels() const { return size[3]; }
   // The address of one row of head `index` of batch x heads.
   LF_HOST_DEVICE char* row(int64_t index, int64_t row) const {
-    return data + ((index / size[1]) * stride[0] + (index % size[1]) * stride[1] + row * stride[2]) * item_size(dtype);
+    return data + ((index / size[1]) * stride[0] + (index % size[1]) * stride[1] + row * stride[2]) *
+                      item_size(dtype);
   }
 };
 
 inline View view(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() == 4, "lf_dense's operators take (batch, heads, rows, channels) tensors, and this one has ",
+  STD_TORCH_CHECK(tensor.dim() == 4,
+                  "lf_dense's operators take (batch, heads, rows, channels) tensors, and this one has ",
                   tensor.dim(), " dimensions: call them through lf_dense.functional.");
   View result{static_cast<char*>(tensor.data_ptr()), {}, {}, dtype_of(tensor)};
   for (int i = 0; i < 4; ++i) {
@@ -76,7 +82,9 @@ inline View view(const Tensor& tensor) {
 inline void check_same(const Tensor& a, const Tensor& b, int first_dim, int last_dim, const char* what) {
   bool same = a.dim() == 4 && b.dim() == 4 && a.scalar_type() == b.scalar_type();
   for (int i = first_dim; same && i < last_dim; ++i) same = a.size(i) == b.size(i);
-  STD_TORCH_CHECK(same, "lf_dense: ", what, " do not have the shapes or dtypes that belong together: call lf_dense.functional, which says which.");
+  STD_TORCH_CHECK(
+      same, "lf_dense: ", what,
+      " do not have the shapes or dtypes that belong together: call lf_dense.functional, which says which.");
 }
 
 // Two sets of points: the same batch, heads and channels.
@@ -88,32 +96,38 @@ inline void check_points(const Tensor& x, const Tensor& y, const char* what) {
 inline void check_kernel_gradient(const Tensor& grad, const Tensor& x, const Tensor& y) {
   check_points(x, y, "x and y");
   check_same(grad, x, 0, 3, "the gradient and x");
-  STD_TORCH_CHECK(grad.size(3) == y.size(2), "lf_dense: the gradient of the kernel has ", grad.size(3), " columns for ", y.size(2), " points.");
+  STD_TORCH_CHECK(grad.size(3) == y.size(2), "lf_dense: the gradient of the kernel has ", grad.size(3),
+                  " columns for ", y.size(2), " points.");
 }
 
 inline void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks) {
   check_same(q, k, 0, 4, "q and k");
   check_same(q, v, 0, 4, "q and v");
   check_points(q, landmarks, "q and the landmarks");
-  STD_TORCH_CHECK(q.size(2) > 0 && landmarks.size(2) > 0, "lf_dense: the attention needs at least one token and one landmark.");
+  STD_TORCH_CHECK(q.size(2) > 0 && landmarks.size(2) > 0,
+                  "lf_dense: the attention needs at least one token and one landmark.");
 }
 
 inline void check_matrices(const Tensor& w) {
   STD_TORCH_CHECK(w.dim() >= 2 && w.size(-1) == w.size(-2), "lf_dense: the solver takes square matrices.");
-  STD_TORCH_CHECK(w.scalar_type() == compute_type(w), "lf_dense: the solver runs in float32 or float64: widen its input.");
+  STD_TORCH_CHECK(w.scalar_type() == compute_type(w),
+                  "lf_dense: the solver runs in float32 or float64: widen its input.");
 }
 
 inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, const Tensor& like) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype, std::nullopt, like.device());
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype,
+                              std::nullopt, like.device());
 }
 
-// (batch, heads, rows, channels) in the memory order of a projection, (batch, rows, heads, channels): no copy on either side.
+// (batch, heads, rows, channels) in the memory order of a projection, (batch, rows, heads, channels): no copy
+// on either side.
 inline Tensor empty_tokens(const Tensor& like) {
   Tensor memory = empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.scalar_type(), like);
   return torch::stable::transpose(memory, 1, 2);
 }
 
-// What the attention's forward pass returns, see schemas.cpp; all but `out` in the compute type and contiguous.
+// What the attention's forward pass returns, see schemas.cpp; all but `out` in the compute type and
+// contiguous.
 struct AttentionResults {
   Tensor out, inverse, sums, mass, mean_value;
 
@@ -124,7 +138,9 @@ struct AttentionResults {
         mass(empty({q.size(0), q.size(1), landmarks.size(2)}, compute_type(q), q)),
         mean_value(empty({q.size(0), q.size(1), q.size(3)}, compute_type(q), q)) {}
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tuple() const { return {out, inverse, sums, mass, mean_value}; }
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tuple() const {
+    return {out, inverse, sums, mass, mean_value};
+  }
 };
 
 template <typename T>

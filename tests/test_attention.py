@@ -38,10 +38,12 @@ def test_rotation_keeps_the_norm(hw_shape):
 def test_inner_products_depend_on_the_offset_alone():
     height, width = 6, 9
     table = rotary_table((height, width), 16, CPU)
-    query, key = (
-        rotate(torch.randn(16).expand(1, height * width, 1, 16), table).view(height, width, 16)
-        for _ in range(2)
-    )
+
+    def one_vector_everywhere():
+        tokens = torch.randn(16).expand(1, height * width, 1, 16)
+        return rotate(tokens, table).view(height, width, 16)
+
+    query, key = one_vector_everywhere(), one_vector_everywhere()
     for down, right in [(0, 0), (1, 0), (0, 1), (2, 3)]:
         products = (query[: height - down, : width - right] * key[down:, right:]).sum(-1)
         torch.testing.assert_close(products, products[:1, :1].expand_as(products), rtol=1e-4, atol=1e-5)
@@ -56,21 +58,16 @@ def test_positions_lie_in_the_unit_square_whatever_the_map():
             assert positions.abs().max() < 1
             # The first pair of each axis turns fastest: by 2 pi for every unit of position.
             along = turns[:, 0, 0] if axis == 0 else turns[0, :, 2]
-            torch.testing.assert_close(
-                along, torch.polar(torch.ones_like(positions), 2 * math.pi * positions), rtol=0, atol=1e-5
-            )
+            expected = torch.polar(torch.ones_like(positions), 2 * math.pi * positions)
+            torch.testing.assert_close(along, expected, rtol=0, atol=1e-5)
 
 
 def test_a_larger_map_interpolates():
     coarse = as_complex(rotary_table((4, 6), 16, CPU)).view(4, 6, 8)
     fine = as_complex(rotary_table((8, 12), 16, CPU)).view(4, 2, 6, 2, 8)
     # The angle of a cell is the mean of those of its four quarters, so its fourth power is their product.
-    torch.testing.assert_close(
-        fine[:, 0, :, 0] * fine[:, 0, :, 1] * fine[:, 1, :, 0] * fine[:, 1, :, 1],
-        coarse**4,
-        rtol=0,
-        atol=2e-5,
-    )
+    product = fine[:, 0, :, 0] * fine[:, 0, :, 1] * fine[:, 1, :, 0] * fine[:, 1, :, 1]
+    torch.testing.assert_close(product, coarse**4, rtol=0, atol=2e-5)
 
 
 # Landmarks
@@ -195,8 +192,7 @@ def test_tokens_and_maps_are_one_memory():
 class Copies(TorchDispatchMode):
     """Lists the operators that copy a whole activation, from the first convolution's output on."""
 
-    # What makes a contiguous, converted or rearranged copy arrives at the dispatcher under one of these
-    # names.
+    # The dispatcher's names of what makes a contiguous, converted or rearranged copy.
     NAMES = (
         "clone",
         "_to_copy",
@@ -224,23 +220,21 @@ class Copies(TorchDispatchMode):
 
 
 def gathers_heads(copy, batch):
-    """The one copy of the reference: at several images and heads, torch.matmul gathers V as (B, heads, N, d). Native makes none."""
+    """Whether this is the one copy that the reference makes; the native operators make none.
+
+    At several images and heads, torch.matmul gathers V as (B, heads, N, d).
+    """
     name, shape = copy
-    return (
-        native.library_obstacle("cpu")
-        and batch > 1
-        and name == "clone"
-        and len(shape) == 4
-        and shape[0] == batch
-        and shape[1] > 1
-    )
+    is_reference = native.library_obstacle("cpu") is not None
+    is_all_heads = len(shape) == 4 and shape[0] == batch and shape[1] > 1
+    return is_reference and batch > 1 and name == "clone" and is_all_heads
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_layer_copies_no_activation(batch):
     layer = LaplacianAttention(32, 4).eval()
     x = torch.randn(batch, 400, 32)
-    # The rotary table is one image's, and made once a stage: it is not an activation.
+    # The rotary table is no activation: it is made once for a stage, for one image.
     table = rotary_table((20, 20), 8, CPU)
     with torch.no_grad(), Copies(batch * 400 * 32, started=True) as copies:
         layer(x, (20, 20), table)
@@ -257,7 +251,7 @@ def test_backbone_copies_no_activation(batch):
     with torch.no_grad(), Copies(batch * 10 * 10 * 512, started=False) as copies:
         outs = net(x)
     assert copies.started
-    # cat makes the rotary tables of the first stages, one of d for N tokens: not an activation.
+    # cat makes the rotary tables of the first stages, which are no activations.
     assert [copy for copy in copies.found if copy[0] != "cat" and not gathers_heads(copy, batch)] == []
     assert all(out.is_contiguous(memory_format=torch.channels_last) for out in outs)
 
@@ -272,9 +266,8 @@ for name in ("mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain"):
 
 
 def run_python(code):
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
-    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 
 def test_attention_works_without_mmengine():
@@ -303,6 +296,5 @@ except AttributeError as error:
 def test_from_import_without_mmengine_says_what_is_missing():
     done = run_python(WITHOUT_MM + "from lf_dense import LaplacianFormer")
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith(
-        "ImportError: lf_dense.LaplacianFormer needs mmengine: pip install"
-    )
+    said = "ImportError: lf_dense.LaplacianFormer needs mmengine: pip install"
+    assert done.stderr.splitlines()[-1].startswith(said)

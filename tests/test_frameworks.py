@@ -1,3 +1,5 @@
+"""Which framework a config belongs to, how it is loaded, and what is said when something is missing."""
+
 from __future__ import annotations
 
 import json
@@ -27,16 +29,15 @@ def test_packaged_names_resolve_in_every_framework():
 def test_a_missing_framework_is_named_with_its_command(monkeypatch, tmp_path):
     real = frameworks.find_spec
     monkeypatch.setattr(frameworks, "find_spec", lambda name: None if name == "mmseg" else real(name))
-    with pytest.raises(
-        UsageError, match="needs mmseg, which is not installed: pip install onedl-mmsegmentation"
-    ):
+    said = "needs mmseg, which is not installed: pip install onedl-mmsegmentation"
+    with pytest.raises(UsageError, match=said):
         framework_of(Config({"default_scope": "mmseg"}))
     with pytest.raises(UsageError, match="pip install onedl-mmsegmentation"):
         load_config("mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py")
 
 
 def test_a_missing_base_framework_is_named(monkeypatch, tmp_path):
-    """A config whose base lives in an absent framework: mmengine speaks of a package, we say what to type."""
+    """If a config's base is of an absent framework, mmengine names a package, and we say what to type."""
     from mmengine.config import config as mmengine_config
 
     monkeypatch.setattr(mmengine_config, "is_installed", lambda package: False)
@@ -62,10 +63,8 @@ def test_the_table_covers_what_is_installed():
 
 def test_data_root_moves_every_path_below_it():
     pytest.importorskip("mmdet")
-    config = load_config(
-        str(ROOT / "configs/retinanet_lf.py"),
-        {"data_root": "/somewhere/coco", "train_dataloader.batch_size": 3},
-    )
+    changes = {"data_root": "/somewhere/coco", "train_dataloader.batch_size": 3}
+    config = load_config(str(ROOT / "configs/retinanet_lf.py"), changes)
     assert config.train_dataloader.dataset.data_root == "/somewhere/coco/"
     assert config.test_dataloader.dataset.data_root == "/somewhere/coco/"
     assert config.val_evaluator.ann_file == "/somewhere/coco/annotations/instances_val2017.json"
@@ -75,13 +74,8 @@ def test_data_root_moves_every_path_below_it():
 
 
 def _two_roots(roots):
-    return Config(
-        {
-            "train_dataloader": {
-                "dataset": {"type": "Concat", "datasets": [{"data_root": root} for root in roots]}
-            }
-        }
-    )
+    dataset = {"type": "Concat", "datasets": [{"data_root": root} for root in roots]}
+    return Config({"train_dataloader": {"dataset": dataset}})
 
 
 def test_data_root_of_several_datasets_is_refused():

@@ -15,10 +15,8 @@ def no_native(monkeypatch):
 
 
 def tensors(n=5, m=3, d=4, dtype=torch.float32):
-    return {
-        name: torch.randn(1, 2, count, d).to(dtype)
-        for name, count in {"q": n, "k": n, "v": n, "landmarks": m}.items()
-    }
+    counts = {"q": n, "k": n, "v": n, "landmarks": m}
+    return {name: torch.randn(1, 2, count, d).to(dtype) for name, count in counts.items()}
 
 
 def test_argument_over_block_over_environment_over_auto(monkeypatch):
@@ -44,10 +42,8 @@ def test_unknown_backend_says_where_it_came_from(monkeypatch):
     x = torch.randn(3, 2)
     with pytest.raises(ValueError, match=r"argument backend.*'cuda'.*auto, reference, native"):
         laplacian_kernel(x, x, backend="cuda")
-    with (
-        pytest.raises(ValueError, match=r"use_backend.*'cuda'.*auto, reference, native"),
-        use_backend("cuda"),
-    ):
+    said = r"use_backend.*'cuda'.*auto, reference, native"
+    with pytest.raises(ValueError, match=said), use_backend("cuda"):
         pass
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda")
     with pytest.raises(ValueError, match=r"LF_DENSE_BACKEND.*'cuda'.*auto, reference, native"):
@@ -74,16 +70,11 @@ def test_native_without_operators_is_an_error_with_the_reason(monkeypatch):
 
 @pytest.mark.usefixtures("no_native")
 def test_auto_without_operators_is_the_reference():
-    assert (
-        choose_backend("auto", CPU)
-        == choose_backend("reference", CPU)
-        == choose_backend(None, CPU)
-        == "reference"
-    )
+    for asked in ("auto", "reference", None):
+        assert choose_backend(asked, CPU) == "reference"
     inputs = tensors()
-    assert torch.equal(
-        laplacian_attention(**inputs, backend="auto"), laplacian_attention(**inputs, backend="reference")
-    )
+    auto, reference = (laplacian_attention(**inputs, backend=name) for name in ("auto", "reference"))
+    assert torch.equal(auto, reference)
 
 
 @pytest.mark.parametrize("scale", [0, 0.0, -4.0, float("nan"), float("inf")])
@@ -188,9 +179,8 @@ def test_dtypes_that_are_not_supported(dtype):
 def test_dtypes_that_differ(name):
     inputs = tensors()
     inputs[name] = inputs[name].double()
-    with pytest.raises(
-        TypeError, match=rf"{name} is torch\.float64 on cpu and q is torch\.float32 on cpu.*one dtype"
-    ):
+    said = rf"{name} is torch\.float64 on cpu and q is torch\.float32 on cpu.*one dtype"
+    with pytest.raises(TypeError, match=said):
         laplacian_attention(**inputs)
 
 

@@ -241,9 +241,8 @@ def test_other_dtypes(dtype):
 def test_layer_depth_grows_along_the_network():
     net = small()
     num_layers = sum(SMALL["depths"]) + 2
-    depths = {
-        name: net.get_layer_depth("backbone." + name, "backbone.") for name, _ in net.named_parameters()
-    }
+    names = [name for name, _ in net.named_parameters()]
+    depths = {name: net.get_layer_depth(f"backbone.{name}", "backbone.") for name in names}
     assert {total for _, total in depths.values()} == {num_layers}
     # The parameters are registered in the order of the forward pass.
     in_order = [depth for depth, _ in depths.values()]
@@ -259,6 +258,7 @@ def test_layer_depth_grows_along_the_network():
 def test_layer_depth_outside_and_unknown():
     net = small()
     assert net.get_layer_depth("head.fc.weight", "backbone.") == (7, 8)
+    said = r"is not a parameter of this LaplacianFormer under the prefix 'backbone\.'"
     for name in (
         "backbone.head.weight",
         "backbone.stages.0",
@@ -266,9 +266,7 @@ def test_layer_depth_outside_and_unknown():
         "backbone.",
         "backbone.stages.7.norm.bias",
     ):
-        with pytest.raises(
-            ValueError, match=r"is not a parameter of this LaplacianFormer under the prefix 'backbone\.'"
-        ):
+        with pytest.raises(ValueError, match=said):
             net.get_layer_depth(name, "backbone.")
 
 
@@ -336,17 +334,11 @@ def test_settings_reach_every_block():
     )
     for stage in net.stages:
         for block in stage.blocks:
-            assert (block.attn.kernel_scale, block.attn.newton_iters, block.attn.normalization) == (
-                2.0,
-                8,
-                "whiten_keys",
-            )
-            assert (block.attn.tau, block.attn.rotary, block.attn.log_scale.shape) == (
-                0.5,
-                False,
-                (block.attn.num_heads,),
-            )
-            assert block.attn.proj_drop.p == block.ffn.drop.p == 0.25
+            attn = block.attn
+            assert (attn.kernel_scale, attn.newton_iters, attn.tau) == (2.0, 8, 0.5)
+            assert (attn.normalization, attn.rotary) == ("whiten_keys", False)
+            assert attn.log_scale.shape == (attn.num_heads,)
+            assert attn.proj_drop.p == block.ffn.drop.p == 0.25
     assert net(torch.randn(1, 5, 32, 32))[0].shape == (1, 8, 8, 8)
 
 

@@ -44,11 +44,10 @@ def main() -> None:
     backbone = LaplacianFormer(args.arch)
     report = load_pretrained(backbone, args.checkpoint, strict=not args.partial, form=args.form)
     state = backbone.state_dict()
-    # What PVTv2 does not have stays out of the file, so that loading it says so again.
+    # The file leaves out what PVTv2 does not have, so that loading it says so again.
     tensors = {name: state[name] for name in state if name not in report.left}
-    path = write_checkpoint(
-        args.out, tensors, {"arch": args.arch, "converted_from": f"{report.form}, {report.source}"}
-    )
+    meta = {"arch": args.arch, "converted_from": f"{report.form}, {report.source}"}
+    path = write_checkpoint(args.out, tensors, meta)
     print("\n".join([*report.lines(), f"written: {path}"]))
 
 

@@ -1,4 +1,4 @@
-"""Build the operators for this machine's GPU, test them on it, look for bad memory accesses and races, and measure them: one table.
+"""Build the operators for this machine's GPU, test them on it, look for bad accesses and races, measure them.
 
 Needs nvcc, a CUDA build of torch and pytest, and nothing else: no virtual environment, no network, none of
 the mm packages. Every step has its share of the time; one that outruns it is ended, and the others still run.
@@ -70,7 +70,7 @@ class CannotCheck(Exception):
 
 
 class Step(NamedTuple):
-    """Commands that run one after the other, the seconds they have together, and what their output says in a few words."""
+    """Commands that run one after the other, the seconds that they share, and a summary of their output."""
 
     title: str
     name: str
@@ -165,7 +165,7 @@ def build_detail(output: str) -> str:
 
 
 ALL_BUT_COMPILE = "--contenders native reference sdpa sra linear-sra"
-# Title, seconds, options of tools/bench_ops.py.
+# Title, seconds, options of tools/benchmark.py ops.
 BENCHMARKS = (
     (
         "224x224",
@@ -236,7 +236,8 @@ def plan(capability: str, out: Path) -> list[Step]:
         measurements = out / f"{name}.json"
         command = [
             PYTHON,
-            "tools/bench_ops.py",
+            "tools/benchmark.py",
+            "ops",
             "--device",
             "cuda",
             "--landmarks",
@@ -259,7 +260,11 @@ def plan(capability: str, out: Path) -> list[Step]:
 
 
 def run_command(command: list[str], log: Path, seconds: float, environment: dict[str, str]) -> int | None:
-    """Run a command in a process group of its own, its output appended to ``log``; returns its exit code, None where it was ended."""
+    """Run a command in a process group of its own and append its output to ``log``.
+
+    Returns:
+        The exit code, or None where the command was ended.
+    """
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", **environment}
     with log.open("ab") as stream:

@@ -1,11 +1,14 @@
-"""Say what a checkpoint is: which model, which arch, how large, with what metadata, and whether its bytes are those of its name."""
+"""Say what a checkpoint is: its model, arch, size and metadata, and whether the hash in its name fits."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from lf_dense import LaplacianFormer
 from lf_dense.errors import UsageError, run_tool, tool_parser
@@ -27,58 +30,52 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def say(name: str, value: object) -> None:
+    print(f"{name:<18}{value}")
+
+
+def count(tensors: Mapping[str, Tensor]) -> str:
+    return f"{sum(value.numel() for value in tensors.values()):,}"
+
+
+def describe_hash(path: Path) -> str:
+    """The hash of a file, and whether it is the one in its name."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    named = HASHED_NAME.search(path.name)
+    if not named:
+        return digest
+    if digest.startswith(named[1]):
+        return f"{digest}, as its name says"
+    return f"{digest}, NOT {named[1]} as its name says"
+
+
 def main() -> None:
     args = parse_args()
     if args.trust_checkpoint:
         trust_checkpoint(args.checkpoint)
     checkpoint = read_checkpoint(args.checkpoint)
     tensors = tensors_of(checkpoint)
-
-    def say(name: str, value: object) -> None:
-        print(f"{name:<18}{value}")
-
     try:
         found = find_backbone(checkpoint, args.checkpoint)
     except UsageError as error:
         found = None
         say("backbone", f"none: {error}")
     else:
-        say(
-            "backbone",
-            f"{found.form}, {sum(value.numel() for value in found.tensors.values()):,} numbers, arch"
-            f" {arch_of(found.tensors)}",
-        )
+        say("backbone", f"{found.form}, {count(found.tensors)} numbers, arch {arch_of(found.tensors)}")
     dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
-    say(
-        "tensors",
-        f"{len(tensors)}, {sum(value.numel() for value in tensors.values()):,} numbers: {dict(dtypes)}",
-    )
+    say("tensors", f"{len(tensors)}, {count(tensors)} numbers: {dict(dtypes)}")
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
-    say(
-        "finite",
-        "yes" if not broken else f"no: {len(broken)} tensors with NaN or infinity, {broken[0]} the first",
-    )
+    if broken:
+        say("finite", f"no: {len(broken)} tensors with NaN or infinity, {broken[0]} the first")
+    else:
+        say("finite", "yes")
     others = [key for key in checkpoint if key not in ("state_dict", "meta") and key not in tensors]
     say("beside them", ", ".join(others) or "nothing")
     meta = checkpoint.get("meta") if isinstance(checkpoint.get("meta"), dict) else {}
     for key, value in meta.items():
         say(key, value if key != "cfg" else f"a config of {len(str(value).splitlines())} lines")
     if not is_remote(args.checkpoint):
-        digest = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
-        named = HASHED_NAME.search(Path(args.checkpoint).name)
-        say(
-            "sha256",
-            digest
-            + (
-                ""
-                if not named
-                else (
-                    ", as its name says"
-                    if digest.startswith(named[1])
-                    else f", NOT {named[1]} as its name says"
-                )
-            ),
-        )
+        say("sha256", describe_hash(Path(args.checkpoint)))
     if args.tensors:
         for name, value in tensors.items():
             print(f"  {name}  {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")

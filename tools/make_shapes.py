@@ -1,4 +1,7 @@
-"""Make the embedded data set: textured shapes with occlusion, boxes, instance masks and label maps in COCO's format."""
+"""Make the embedded data set: textured shapes that occlude each other.
+
+Boxes and instance masks are in COCO's format; label maps are beside them.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from mmengine.device import get_device
 
 from lf_dense.errors import run_tool, tool_parser
 from lf_dense.training.cli import add_backbone_options, add_config_options, read_config
+from lf_dense.training.explaining import explained
 from lf_dense.training.prediction import Predictor, find_images, predict_images
 from lf_dense.weights.reading import trust_checkpoint
 
@@ -30,7 +31,8 @@ def main() -> None:
     find_images(args.source)
     if args.trust_checkpoint:
         trust_checkpoint(args.checkpoint)
-    predictor = Predictor(read_config(args), args.checkpoint, args.device)
+    with explained():
+        predictor = Predictor(read_config(args), args.checkpoint, args.device)
     print(
         f"wrote {predict_images(predictor, args.source, args.out, args.score_thr)} and the pictures beside it"
     )

@@ -1,4 +1,4 @@
-"""Make a training checkpoint fit for others: weights and metadata alone, the hash of the file in its name."""
+"""Make a training checkpoint fit for others: only weights and metadata, and the file's hash in its name."""
 
 from __future__ import annotations
 
@@ -57,10 +57,8 @@ def main() -> None:
     for key, value in meta.items():
         if key != "cfg":
             print(f"{key:<18}{value}")
-    print(
-        f"{path} ({path.stat().st_size / 2**20:.1f} MiB; the training checkpoint has"
-        f" {Path(args.checkpoint).stat().st_size / 2**20:.1f})"
-    )
+    size, size_before = (file.stat().st_size / 2**20 for file in (path, Path(args.checkpoint)))
+    print(f"{path} ({size:.1f} MiB; the training checkpoint has {size_before:.1f})")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Run the operator tests on operators compiled with AddressSanitizer and UndefinedBehaviorSanitizer, the emulated CUDA sources included.
+"""Run the operator tests on operators compiled with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Everything happens in a temporary copy of the sources; the checkout's own build stays as it is. The exit code
-is 0 where every test passed and the sanitizers reported nothing.
+The emulated CUDA sources are included. Everything happens in a temporary copy of the sources, so the build in
+the checkout stays as it is. The exit code is 0 if every test passed and the sanitizers reported nothing.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "lf_dense", "ops", "tests")
-# Those that exist are run. What the plain PyTorch reference computes is the other tests' business.
+# Those that exist are run.
 TESTS = ("tests/backends/test_mathematics.py", "tests/backends/test_native.py")
+# Other tests cover the plain PyTorch reference.
 SELECTION = "not reference-cpu"
 CXXFLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-# In the order in which they have to be loaded; libstdc++, so that AddressSanitizer finds the functions that
-# it stands before.
+# They are loaded in this order. AddressSanitizer looks up the functions that it wraps in libstdc++.
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")
 
 
 def copy_sources(folder: Path) -> None:
-    """What is built and tested, without what was compiled before."""
+    """Copy what is built and tested, without what was compiled before."""
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     for name in SOURCES:
         source = ROOT / name
@@ -39,17 +39,16 @@ def copy_sources(folder: Path) -> None:
 
 
 def build(folder: Path) -> Path:
-    """Compile the operators in the copied checkout; returns the CPU library."""
-    # A GPU's code is not sanitized by this; where CUDA is built all the same, one architecture is enough.
+    """Compile the operators in the copied checkout, and return the CPU library."""
+    # The sanitizers do not cover a GPU's code: if CUDA is built all the same, one architecture is enough.
     environment = {
         **os.environ,
         "LF_DENSE_CXXFLAGS": CXXFLAGS,
         "LF_DENSE_NO_NATIVE": "",
         "TORCH_CUDA_ARCH_LIST": "8.0",
     }
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, env=environment, check=False
-    )
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder, env=environment, check=False)
     library = folder / "lf_dense" / "backends" / "_operators_cpu.so"
     if done.returncode or not library.exists():
         sys.exit("sanitize could not compile the operators; the reason is above.")
@@ -64,23 +63,23 @@ def find_runtimes(library: Path) -> list[str]:
     if missing:
         compiler = os.environ.get("CXX", "g++")
         sys.exit(
-            f"sanitize needs a compiler that links the sanitizers as shared libraries, and {compiler} left"
-            f" out {', '.join(missing)}."
+            "sanitize needs a compiler that links the sanitizers as shared libraries, "
+            f"and {compiler} left out {', '.join(missing)}."
         )
     return [match[1] for match in found.values()]
 
 
 def run_tests(folder: Path, runtimes: list[str], reports: Path, selection: str) -> int:
-    """pytest in the copied checkout, with the sanitizers loaded before Python; returns its exit code."""
+    """Run pytest in the copied checkout, with the sanitizers loaded before Python; return its exit code."""
     tests = [name for name in TESTS if (folder / name).exists()]
     if not tests:
         sys.exit(f"sanitize found none of its tests: {', '.join(TESTS)}.")
-    # An abort, unlike an exit, lets pytest's fault handler say which test it was.
+    # After an abort, unlike after an exit, pytest's fault handler says which test it was.
     common = f"abort_on_error=1:log_path={shlex.quote(str(reports / 'report'))}"
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(runtimes),
-        # Python keeps what it allocates until it ends, so that leaks cannot be told.
+        # Python keeps what it allocates until it ends, so leaks cannot be detected.
         "ASAN_OPTIONS": f"detect_leaks=0:{common}",
         "UBSAN_OPTIONS": f"print_stacktrace=1:{common}",
         "LF_DENSE_CXXFLAGS": CXXFLAGS,
@@ -88,20 +87,9 @@ def run_tests(folder: Path, runtimes: list[str], reports: Path, selection: str) 
         "PYTHONPATH": str(folder),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    # UndefinedBehaviorSanitizer, loaded beside the other, writes to stderr alone: pytest may not take that
-    # away.
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--capture=sys",
-        *tests,
-        "-k",
-        selection,
-    ]
+    # Beside the other, UndefinedBehaviorSanitizer writes to stderr alone: pytest must not capture that.
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys"]
+    command = [*pytest, *tests, "-k", selection]
     return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
 
@@ -130,14 +118,12 @@ def main() -> None:
         found = [path.read_text(errors="replace") for path in sorted(reports.iterdir())]
     if found:
         print("\n".join(found), file=sys.stderr)
-        sys.exit(
-            f"sanitize failed: the sanitizers wrote {len(found)} report{'s' if len(found) > 1 else ''},"
-            " above."
-        )
+        reports_word = "reports" if len(found) > 1 else "report"
+        sys.exit(f"sanitize failed: the sanitizers wrote {len(found)} {reports_word}, above.")
     if code:
         sys.exit(
-            f"sanitize failed: pytest ended with exit code {code}; its output, and any report of the"
-            " sanitizers, is above."
+            f"sanitize failed: pytest ended with exit code {code}; "
+            "its output, and any report of the sanitizers, is above."
         )
     print("sanitize passed: no report from AddressSanitizer or UndefinedBehaviorSanitizer.")
 

@@ -1,8 +1,8 @@
 """Create the pinned development environment in a virtual environment, step by step.
 
-Needs nothing but the standard library. Every step is recorded in ``<venv>/setup/`` once it has succeeded,
-keyed by what it and the steps before it install: a second call does nothing, an interrupted one goes on where
-it stopped, and a changed pin reruns its step and all that follow.
+It needs nothing but the standard library. Each step that succeeds is recorded in ``<venv>/setup/``, under a
+key of what this step and the steps before it install. So a second call does nothing, an interrupted call goes
+on where it stopped, and a changed pin reruns its step and all that follow.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 MIN_PYTHON = (3, 11)
-# torchvision 0.16.2, the last to import beside a CPU-only torch of another version, has no wheel for newer
-# ones.
+# torchvision 0.16.2, the last to import beside a CPU-only torch of another version, has no wheel for newer.
 CPU_TORCH_MAX_PYTHON = (3, 11)
 HEARTBEAT_SECONDS = 30
 
@@ -54,26 +53,20 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
         return steps
     vision = "torchvision-cuda" if torch_has_cuda else "torchvision-cpu"
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-    # Where a GPU is visible mmcv builds for it, which takes nvcc; without nvcc it can be built for the CPU
-    # alone.
+    # mmcv builds for a GPU that is visible, and needs nvcc for that. Without nvcc it can build for the CPU.
     hidden_gpus = {} if shutil.which("nvcc") else {"CUDA_VISIBLE_DEVICES": ""}
+    # A plain install would build mmcv without torch, yield a wheel with no operators, and cache it. For pip,
+    # mmcv counts as installed even if it was compiled against another torch or without operators.
+    build_mmcv = ["--no-cache-dir", "--no-deps", "--no-build-isolation", "--force-reinstall"]
+    use_native = "lf_dense.newton_schulz_inverse(torch.ones(1, 1), backend='native')"
     return [
         *steps,
         Step("libraries", requirement_args("libs"), "import cv2, scipy, matplotlib, pycocotools"),
         Step("torchvision", ["--no-deps", *requirement_args(vision)], "import torchvision"),
         Step("OpenMMLab packages", ["--no-deps", *requirement_args("frameworks")], "import mmengine"),
-        # A plain install would build without torch, yield a wheel with no operators, and cache it.
         Step(
             "mmcv, compiling its operators (about 6 minutes on 2 cores)",
-            # Forced: the same mmcv compiled against another torch, or without operators, counts as installed
-            # for pip.
-            [
-                "--no-cache-dir",
-                "--no-deps",
-                "--no-build-isolation",
-                "--force-reinstall",
-                *requirement_args("mmcv"),
-            ],
+            [*build_mmcv, *requirement_args("mmcv")],
             "import mmcv.ops, mmdet.apis, mmseg.apis, mmpretrain.apis",
             {"MAX_JOBS": jobs, "CFLAGS": "-O1 -g0 -w", **hidden_gpus},
         ),
@@ -86,8 +79,7 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
         Step(
             "lf_dense itself, editable, compiling its operators (a minute; with CUDA some more)",
             ["--no-deps", "--no-build-isolation", "-e", str(ROOT)],
-            "import lf_dense, torch; lf_dense.LaplacianFormer; lf_dense.newton_schulz_inverse(torch.ones(1,"
-            " 1), backend='native')",
+            f"import lf_dense, torch; lf_dense.LaplacianFormer; {use_native}",
             {"MAX_JOBS": jobs},
         ),
     ]
@@ -101,9 +93,8 @@ def fingerprint(previous: str, step: Step) -> str:
             content += Path(arg).read_bytes()
         elif arg == str(ROOT):
             sources = sorted(path for path in (ROOT / "ops").rglob("*") if path.is_file())
-            content += b"".join(
-                path.read_bytes() for path in [ROOT / "pyproject.toml", ROOT / "setup.py", *sources]
-            )
+            for path in (ROOT / "pyproject.toml", ROOT / "setup.py", *sources):
+                content += path.read_bytes()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -121,9 +112,8 @@ def run_logged(command: list[str], log: Path, environment: Mapping[str, str]) ->
     try:
         with log.open("ab") as stream:
             env = {**os.environ, **environment}
-            return subprocess.run(
-                command, stdout=stream, stderr=subprocess.STDOUT, env=env, check=False
-            ).returncode
+            done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=env, check=False)
+            return done.returncode
     finally:
         finished.set()
         thread.join()
@@ -133,8 +123,8 @@ def fail(step: Step, log: Path) -> None:
     tail = log.read_text(errors="replace").splitlines()[-25:]
     print("\n".join(tail), file=sys.stderr)
     sys.exit(
-        f"setup failed at: {step.title}. The lines above end the log {log}; mend the cause and run the same"
-        " command again."
+        f"setup failed at: {step.title}. The lines above end the log {log}; "
+        "mend the cause and run the same command again."
     )
 
 
@@ -146,7 +136,7 @@ def torch_has_cuda(python: Path) -> bool | None:
 
 
 def run_steps(steps: list[Step], total: int, python: Path, setup_dir: Path) -> None:
-    """Run what is not done yet, in order; those done are told by their stamps."""
+    """Run in order the steps that have no stamp yet."""
     key = ""
     log = setup_dir / "setup.log"
     for number, step in enumerate(steps, 1):
@@ -166,42 +156,46 @@ def run_steps(steps: list[Step], total: int, python: Path, setup_dir: Path) -> N
 
 
 def check_machine() -> None:
-    """End with one sentence where the compile would fail minutes later for want of something."""
+    """End with one sentence if something is missing that the compile needs minutes later."""
     version = sys.version_info[:2]
     if version < MIN_PYTHON:
         wanted = ".".join(map(str, MIN_PYTHON))
         sys.exit(
-            f"setup needs Python {wanted} or newer, and this is {sys.version.split()[0]}: call make with"
-            f" PYTHON=python{wanted}."
+            f"setup needs Python {wanted} or newer, and this is {sys.version.split()[0]}: "
+            f"call make with PYTHON=python{wanted}."
         )
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         sys.exit(
-            "setup compiles mmcv, which needs Python's headers, and Python.h is not there: install"
-            " python3-dev (python3-devel)."
+            "setup compiles mmcv, which needs Python's headers, and Python.h is not there: "
+            "install python3-dev (python3-devel)."
         )
     if not shutil.which(os.environ.get("CXX", "g++").split()[0]):
         sys.exit(
-            "setup compiles mmcv, which needs a C++ compiler, and there is none: install g++, or name one in"
-            " CXX."
+            "setup compiles mmcv, which needs a C++ compiler, and there is none: "
+            "install g++, or name one in CXX."
         )
 
 
+def has_pip(python: Path) -> bool:
+    """Whether the interpreter is there and its pip works; an interrupted creation leaves one without."""
+    if not python.exists():
+        return False
+    done = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False)
+    return done.returncode == 0
+
+
 def create_environment(folder: Path) -> Path:
-    """The environment's interpreter; one that has no working pip, from an interrupted creation, is made anew."""
+    """The environment's interpreter; an environment without a working pip is made anew."""
     python = folder / "bin" / "python"
-    if (
-        python.exists()
-        and subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode
-        == 0
-    ):
+    if has_pip(python):
         return python
     print(f"creating {folder}", flush=True)
     try:
         venv.EnvBuilder(with_pip=True, clear=True).create(folder)
     except subprocess.CalledProcessError:
         sys.exit(
-            f"setup could not create {folder}: Python's venv module lacks its part of pip; install"
-            " python3-venv and run this again."
+            f"setup could not create {folder}: Python's venv module lacks its part of pip; "
+            "install python3-venv and run this again."
         )
     return python
 
@@ -222,9 +216,9 @@ def main() -> None:
     if not has_cuda and sys.version_info[:2] > CPU_TORCH_MAX_PYTHON:
         newest = ".".join(map(str, CPU_TORCH_MAX_PYTHON))
         sys.exit(
-            f"setup found a CPU-only torch on Python {sys.version.split()[0]}, for which there is no"
-            f" torchvision that imports beside it: call make with PYTHON=python{newest} after removing"
-            f" {args.venv}."
+            f"setup found a CPU-only torch on Python {sys.version.split()[0]}, "
+            "for which there is no torchvision that imports beside it: "
+            f"call make with PYTHON=python{newest} after removing {args.venv}."
         )
     run_steps(plan(has_cuda), total, python, setup_dir)
     print(f"environment ready: {args.venv}")

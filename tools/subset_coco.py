@@ -1,4 +1,4 @@
-"""Write a COCO annotation file of the first few images of another: for overfitting runs and quick looks."""
+"""Write a COCO annotation file of the first few images of another, for overfitting runs and quick looks."""
 
 from __future__ import annotations
 
@@ -26,21 +26,16 @@ def main() -> None:
     if not args.annotations.is_file():
         raise UsageError(f"{args.annotations} is not there.")
     content = json.loads(args.annotations.read_text())
-    annotated = {
-        annotation["image_id"] for annotation in content["annotations"] if not annotation.get("iscrowd")
-    }
-    annotated -= {
-        annotation["image_id"] for annotation in content["annotations"] if annotation["area"] < args.min_area
-    }
+    objects = content["annotations"]
+    annotated = {each["image_id"] for each in objects if not each.get("iscrowd")}
+    annotated -= {each["image_id"] for each in objects if each["area"] < args.min_area}
     content["images"] = [image for image in content["images"] if image["id"] in annotated][: args.images]
     kept = {image["id"] for image in content["images"]}
     if len(kept) < args.images:
         raise UsageError(
             f"{args.annotations} has {len(kept)} images that fit, and {args.images} were asked for."
         )
-    content["annotations"] = [
-        annotation for annotation in content["annotations"] if annotation["image_id"] in kept
-    ]
+    content["annotations"] = [each for each in objects if each["image_id"] in kept]
     write_atomically(args.out, json.dumps(content).encode())
     print(f"wrote {args.out}: {len(kept)} images, {len(content['annotations'])} annotations")
 

@@ -1,4 +1,7 @@
-"""Write a config with a LaplacianFormer in place of its backbone: one self-contained file that any mm tool reads."""
+"""Write a config with a LaplacianFormer in place of its backbone.
+
+The new config is one self-contained file that any mm tool reads.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from lf_dense.training.cli import (
     read_config,
     set_local_rank,
 )
+from lf_dense.training.explaining import explained
 from lf_dense.training.runs import build_testing_runner
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     add_launcher(parser)
     args = parser.parse_args()
     set_local_rank(args.local_rank)
-    build_testing_runner(
+    runner = build_testing_runner(
         read_config(args),
         args.checkpoint,
         work_dir=args.work_dir,
@@ -35,7 +36,9 @@ def main() -> None:
         out=args.out,
         launcher=args.launcher,
         trust=args.trust_checkpoint,
-    ).test()
+    )
+    with explained():
+        runner.test()
 
 
 if __name__ == "__main__":

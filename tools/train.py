@@ -1,7 +1,7 @@
-"""Train from any config: our own, a path, or a packaged one like mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.
+"""Train from any config: our own, a path, or a packaged one.
 
-The config's default_scope says which framework it belongs to: detection, segmentation and classification
-start alike.
+A packaged one is named like mmdet::retinanet/retinanet_r50_fpn_1x_coco.py. The config's default_scope says
+which framework it belongs to: detection, segmentation and classification start alike.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from lf_dense.training.cli import (
     read_config,
     set_local_rank,
 )
+from lf_dense.training.explaining import explained
 from lf_dense.training.runs import AUTO, build_training_runner
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     add_launcher(parser)
     args = parser.parse_args()
     set_local_rank(args.local_rank)
-    build_training_runner(
+    runner = build_training_runner(
         read_config(args),
         work_dir=args.work_dir,
         resume=args.resume,
@@ -47,7 +48,9 @@ def main() -> None:
         auto_scale_lr=args.auto_scale_lr,
         launcher=args.launcher,
         trust=args.trust_checkpoint,
-    ).train()
+    )
+    with explained():
+        runner.train()
 
 
 if __name__ == "__main__":

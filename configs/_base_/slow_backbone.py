@@ -1,7 +1,7 @@
-"""A tenth of the learning rate for the backbone; no decay on norms and biases, neither its own nor the head's.
+"""The backbone learns at a tenth of the rate; norms and biases have no weight decay.
 
-A custom key outranks the rules for norms and biases, and of several that match the longest counts: hence
-their names. The rules do not know the bias of torch's attention.
+A custom key outranks the rules for norms and biases. Of several keys that match, the longest counts. So the
+keys spell out names of parameters. The rules do not know the bias of torch's attention.
 """
 
 slow_backbone = dict(

@@ -1,4 +1,7 @@
-"""Cascade Mask R-CNN, LaplacianFormer-Tiny, COCO, 1x (12 epochs); AdamW 2e-4 as PVTv2's Mask R-CNN, for 16 images per step."""
+"""Cascade Mask R-CNN, LaplacianFormer-Tiny, COCO, 1x (12 epochs).
+
+AdamW 2e-4 as in PVTv2's Mask R-CNN, for 16 images per step.
+"""
 
 _base_ = [
     "mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py",

@@ -1,4 +1,7 @@
-"""DINO with four scales, LaplacianFormer-Tiny, COCO, 12 epochs; DINO's own recipe (AdamW 1e-4, backbone at a tenth, 16 images per step)."""
+"""DINO with four scales, LaplacianFormer-Tiny, COCO, 12 epochs.
+
+DINO's own recipe: AdamW 1e-4, the backbone at a tenth of it, 16 images per step.
+"""
 
 _base_ = ["mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py", "../_base_/slow_backbone.py"]
 custom_imports = dict(imports=["lf_dense"], allow_failed_imports=False)

@@ -1,4 +1,7 @@
-"""LaplacianFormer-Tiny on ImageNet-1K, 300 epochs; PVTv2's and Swin's recipe, 1,024 images per step."""
+"""LaplacianFormer-Tiny on ImageNet-1K, 300 epochs.
+
+The recipe is PVTv2's and Swin's, with 1,024 images per step.
+"""
 
 _base_ = [
     "mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py",

@@ -1,4 +1,7 @@
-"""LaplacianFormer-Tiny on the ten classes of Imagenette at 64 x 64: pre-training that two CPU cores finish over a coffee."""
+"""LaplacianFormer-Tiny on the ten classes of Imagenette at 64 x 64.
+
+A pre-training that two CPU cores finish over a coffee.
+"""
 
 _base_ = ["./lf-tiny_300e_in1k.py"]
 

@@ -1,4 +1,7 @@
-"""LaplacianFormer-Tiny on ImageNet-1K with DeiT's teacher, by hard labels; needs timm, which fetches the teacher's weights."""
+"""LaplacianFormer-Tiny on ImageNet-1K, distilled by hard labels from DeiT's teacher.
+
+It needs timm, which fetches the teacher's weights.
+"""
 
 _base_ = ["./lf-tiny_300e_in1k.py"]
 custom_imports = dict(imports=["lf_dense", "lf_dense.distillation"], allow_failed_imports=False)

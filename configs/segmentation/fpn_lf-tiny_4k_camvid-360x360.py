@@ -1,4 +1,7 @@
-"""Semantic FPN, LaplacianFormer-Tiny, CamVid (11 classes, small enough for a first look), 4k steps of 4 crops of 360 x 360."""
+"""Semantic FPN, LaplacianFormer-Tiny, CamVid, 4k steps of 4 crops of 360 x 360.
+
+CamVid has 11 classes and is small enough for a first look.
+"""
 
 _base_ = ["./fpn_lf-tiny_80k_ade20k-512x512.py"]
 

@@ -1,4 +1,7 @@
-"""Semantic FPN, LaplacianFormer-Tiny, ADE20K, 80k steps; PVT's recipe: AdamW 1e-4, polynomial 0.9, 16 images of 512 x 512 per step."""
+"""Semantic FPN, LaplacianFormer-Tiny, ADE20K, 80k steps.
+
+PVT's recipe: AdamW 1e-4, polynomial decay 0.9, 16 images of 512 x 512 per step.
+"""
 
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",

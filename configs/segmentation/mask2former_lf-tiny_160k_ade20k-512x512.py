@@ -1,4 +1,7 @@
-"""Mask2Former, LaplacianFormer-Tiny, ADE20K, 160k steps; its own recipe (AdamW 1e-4, backbone at a tenth, 16 images per step)."""
+"""Mask2Former, LaplacianFormer-Tiny, ADE20K, 160k steps.
+
+Mask2Former's own recipe: AdamW 1e-4, the backbone at a tenth of it, 16 images per step.
+"""
 
 _base_ = ["mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py", "../_base_/slow_backbone.py"]
 custom_imports = dict(imports=["lf_dense"], allow_failed_imports=False)

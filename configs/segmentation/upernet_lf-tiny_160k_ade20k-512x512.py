@@ -1,4 +1,7 @@
-"""UPerNet, LaplacianFormer-Tiny, ADE20K, 160k steps; Swin's recipe: AdamW 6e-5, linear after 1,500 steps, 16 images per step."""
+"""UPerNet, LaplacianFormer-Tiny, ADE20K, 160k steps.
+
+Swin's recipe: AdamW 6e-5, linear decay after 1,500 steps, 16 images per step.
+"""
 
 _base_ = [
     "mmseg::_base_/models/upernet_r50.py",

@@ -1,4 +1,7 @@
-"""UPerNet, LaplacianFormer-Tiny, Cityscapes at 1024 x 1024, 80k steps; SegFormer's AdamW 6e-5 with 8 images per step."""
+"""UPerNet, LaplacianFormer-Tiny, Cityscapes at 1024 x 1024, 80k steps.
+
+SegFormer's AdamW 6e-5, with 8 images per step.
+"""
 
 _base_ = [
     "mmseg::_base_/models/upernet_r50.py",

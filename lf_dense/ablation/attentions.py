@@ -1,6 +1,7 @@
-"""The attentions that LaplacianAttention is compared with: the same projections and local convolution around another middle.
+"""The attentions that LaplacianAttention is compared with.
 
-They need torch alone and are for experiments (``tools/ablate.py``); ``LaplacianFormer`` uses none of them.
+Each keeps its projections and its local convolution, and replaces what lies between them.
+They need torch alone. They are for experiments (``tools/ablate.py``); ``LaplacianFormer`` uses none of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def gaussian_kernel(x: Tensor, y: Tensor, scale: float) -> Tensor:
 
 
 class GaussianAttention(LaplacianAttention):
-    """SOFT's kernel in the Laplacian one's place, landmarks, solver and normalization as they are.
+    """SOFT's kernel in the place of the Laplacian one; landmarks, solver and normalization stay.
 
     The scale is SOFT's, ``2 sqrt(head_dims)`` (Lu et al., "SOFT: Softmax-free Transformer with Linear
     Complexity").
@@ -50,7 +51,10 @@ class GaussianAttention(LaplacianAttention):
 
 
 class ExactLaplacianAttention(LaplacianAttention):
-    """The N x N kernel matrix in the place of its Nystroem approximation, with the ``"mass"`` normalization: quadratic."""
+    """The whole N x N kernel matrix, without the Nystroem approximation; its cost is quadratic.
+
+    The normalization is ``"mass"``.
+    """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -64,11 +68,14 @@ class SoftmaxAttention(LaplacianAttention):
     """Softmax over all N x N products: quadratic."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class SpatialReductionAttention(SoftmaxAttention):
-    """PVTv2's: softmax over keys and values of a map that a strided convolution has made ``reduction`` times smaller.
+    """PVTv2's attention: softmax over the keys and values of a smaller map.
+
+    A strided convolution makes the map ``reduction`` times smaller.
 
     Args:
         reduction: the convolution's size and stride; 1 is softmax over all keys.
@@ -92,5 +99,5 @@ class SpatialReductionAttention(SoftmaxAttention):
         smaller = self.sr(tokens_to_map(x, hw_shape))
         reduced = self.norm(map_to_tokens(smaller))
         reduced_table = rotary_table(tuple(smaller.shape[2:]), self.head_dims, x.device)
-        q, k = self.place(self.q(x), table), self.place(self.k(reduced), reduced_table)
+        q, k = self.split_and_rotate(self.q(x), table), self.split_and_rotate(self.k(reduced), reduced_table)
         return self.merge(self.attend(q, k, self.split(self.v(reduced)), hw_shape), self.v(x), hw_shape)

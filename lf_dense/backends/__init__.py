@@ -1,7 +1,8 @@
-"""Which implementation serves a call: the argument, else the ``use_backend`` block around it, else the environment.
+"""Which implementation serves a call.
 
-``"reference"`` is plain PyTorch, ``"native"`` the compiled operators of ``ops/``, and ``"auto"`` native where
-it can serve and the reference elsewhere.
+The argument decides, else the ``use_backend`` block around the call, else the environment. ``"reference"`` is
+plain PyTorch, ``"native"`` the compiled operators of ``ops/``, and ``"auto"`` native where it can serve and
+the reference elsewhere.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def _checked(name: str, origin: str) -> str:
 
 
 def requested_backend(argument: str | None = None) -> str:
-    """The backend asked for: ``argument``, else the innermost ``use_backend``, else ``LF_DENSE_BACKEND``, else ``"auto"``.
+    """The backend asked for.
+
+    That is ``argument``, else the innermost ``use_backend``, else ``LF_DENSE_BACKEND``, else ``"auto"``.
 
     Raises:
         ValueError: the name is none of ``BACKENDS``; the message says where it came from.
@@ -50,7 +53,7 @@ def requested_backend(argument: str | None = None) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every call of ``lf_dense.functional`` in the block by ``name``, unless the call names a backend itself.
+    """Serve every call in the block by the backend ``name``, unless the call names one itself.
 
     Raises:
         ValueError: the name is none of ``BACKENDS``.
@@ -94,8 +97,8 @@ def _resolve(argument: str | None, device: torch.device, wide: bool) -> str:
         return "native"
     if requested == "native":
         raise RuntimeError(
-            f"the native operators cannot serve this call, since {obstacle}: use the backend 'auto' or"
-            " 'reference'."
+            f"the native operators cannot serve this call, since {obstacle}: use the backend 'auto' or "
+            "'reference'."
         )
     _log_once(obstacle)
     return "reference"

@@ -1,4 +1,4 @@
-"""The compiled operators of ``ops/``: loading, fakes for torch.compile, gradients, autocast, and what is there.
+"""The compiled operators of ``ops/``: loading, fakes for torch.compile, gradients and autocast.
 
 They are registered as ``torch.ops.lf_dense.*`` when the first call asks for them. ``lf_dense.functional`` is
 their caller; its docstrings say what they compute.
@@ -7,8 +7,10 @@ their caller; its docstrings say what they compute.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ def _torch_obstacle() -> str | None:
 
 @functools.cache
 def library_obstacle(device_type: str) -> str | None:
-    """Why the operators for ``"cpu"`` or ``"cuda"`` are not there, as a clause; None where they are, and then they are loaded."""
+    """Load the operators for ``"cpu"`` or ``"cuda"``; returns None, or as a clause why they are not there."""
     if device_type not in ("cpu", "cuda"):
         return f"they are written for the CPU and for CUDA, and the tensors are on {device_type}"
     obstacle = _torch_obstacle()
@@ -69,7 +71,8 @@ def _cuda_capability(index: int) -> tuple[int, int]:
 
 @functools.cache
 def _cuda_shared_memory(index: int) -> int:
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(index)
+    return properties.shared_memory_per_block_optin
 
 
 def _cuda_index(device: torch.device) -> int:
@@ -106,10 +109,10 @@ def obstacle(device: torch.device, *, wide: bool = False) -> str | None:
     )
 
 
-def _build_module() -> object | None:
+def _build_module() -> Any:
     if find_spec("lf_dense.backends._build_info") is None:
         return None
-    from . import _build_info
+    from . import _build_info  # type: ignore[attr-defined]
 
     return _build_info
 
@@ -133,7 +136,7 @@ def build_info() -> dict:
     return {"built": True, **module.build_info(), "instruction_set": chosen}
 
 
-def _operators() -> object:
+def _operators() -> Any:
     return getattr(torch.ops, LIBRARY)
 
 
@@ -163,7 +166,7 @@ def laplacian_attention(
 
 
 def _tokens_like(x: Tensor) -> Tensor:
-    """``(B, heads, N, d)`` in the memory order ``(B, N, heads, d)`` of a projection, as the operators return it."""
+    """Empty ``(B, heads, N, d)`` with memory as ``(B, N, heads, d)``, which is what the operators return."""
     batch, heads, rows, channels = x.shape
     return x.new_empty(batch, rows, heads, channels).transpose(1, 2)
 
@@ -195,43 +198,46 @@ def _attention_backward_fake(
     return tuple(_tokens_like(x) for x in (q, k, v, landmarks))
 
 
-def _kernel_setup(ctx: object, inputs: tuple, output: Tensor) -> None:
+def _kernel_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, y, ctx.scale = inputs
     ctx.save_for_backward(x, y)
 
 
-def _kernel_gradient(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+def _kernel_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return *_operators().laplacian_kernel_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
-def _inverse_setup(ctx: object, inputs: tuple, output: Tensor) -> None:
+def _inverse_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(output)
 
 
-def _inverse_gradient(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:
+def _inverse_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (inverse,) = ctx.saved_tensors
     return -inverse.mT @ grad @ inverse.mT, None, None
 
 
-def _attention_setup(ctx: object, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _attention_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.scale, _, _, ctx.tau = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _attention_gradient(ctx: object, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+def _attention_gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     grads = _operators().laplacian_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.tau)
     return *grads, None, None, None, None
 
 
-def _no_second_derivative(ctx: object, *grads: Tensor) -> None:
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "lf_dense's native operators have no second derivative: use the backend 'reference' for it."
     )
 
 
 def _without_autocast(operator: torch._ops.OpOverload, always_wide: bool) -> object:
-    """Under autocast: mixed dtypes meet in the widest, the solver runs in float32 or wider, and nothing inside is cast."""
+    """An operator's rule under autocast: mixed dtypes meet in the widest, and nothing inside is cast.
+
+    ``always_wide`` makes that float32 at least, which the solver needs.
+    """
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
         torch._C.DispatchKey.AutocastCUDA
     )
@@ -248,8 +254,12 @@ def _without_autocast(operator: torch._ops.OpOverload, always_wide: bool) -> obj
 
 @functools.cache
 def register(library: str) -> torch.library.Library:
-    """Give a loaded library's operators their fakes, gradients and autocast rules, once; they live as long as what is returned."""
+    """Give a loaded library's operators their fakes, gradients and autocast rules, once.
+
+    The rules live as long as what is returned.
+    """
     operators, autocast_rules = getattr(torch.ops, library), torch.library.Library(library, "IMPL")
+    fake: Callable[..., Any]
     for name, fake, setup, gradient in (
         ("laplacian_kernel", _kernel_fake, _kernel_setup, _kernel_gradient),
         ("newton_schulz_inverse", _inverse_fake, _inverse_setup, _inverse_gradient),

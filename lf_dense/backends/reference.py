@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +34,17 @@ def _without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def laplacian_kernel(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    """``exp(-|x_i - y_j|_1 / scale)``: ``(..., N, d)`` and ``(..., M, d)`` to ``(..., N, M)`` in the inputs' dtype (paper, section 3)."""
+    """``exp(-|x_i - y_j|_1 / scale)`` in the inputs' dtype (paper, section 3).
+
+    ``(..., N, d)`` and ``(..., M, d)`` give ``(..., N, M)``.
+    """
     dtype = compute_dtype(x.dtype)
     with _without_autocast(x):
         return torch.exp(torch.cdist(x.to(dtype), y.to(dtype), p=1.0) / -scale).to(x.dtype)
 
 
 class _NewtonSchulzInverse(torch.autograd.Function):
-    """The iteration forward; backward the derivative of the exact inverse, which holds because the iteration has converged."""
+    """The iteration, with the derivative of the exact inverse, which it has converged to."""
 
     @staticmethod
     def forward(w: Tensor, iters: int, eps: float) -> Tensor:
@@ -57,17 +61,17 @@ class _NewtonSchulzInverse(torch.autograd.Function):
         return (wide @ residual).to(w.dtype)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return -inverse.mT @ grad @ inverse.mT, None, None
 
 
 def newton_schulz_inverse(w: Tensor, iters: int, eps: float) -> Tensor:
-    """``(w + eps I)^-1`` for kernel matrices ``(..., m, m)`` by a scaled Newton-Schulz iteration (paper, section 3.3).
+    """``(w + eps I)^-1`` of matrices ``(..., m, m)`` by scaled Newton-Schulz steps (paper, section 3.3).
 
     The start and the scaling are the project's own. The spectrum of ``w + eps I`` over its largest row sum
     ``u`` lies in ``[eps / u, 1]``, and scaling each step keeps the spectrum of ``W X`` centred on 1, in ``1
@@ -94,7 +98,7 @@ def laplacian_attention(
     kernel: Callable[[Tensor, Tensor, float], Tensor] = laplacian_kernel,
     inverse: Callable[[Tensor, int, float], Tensor] = newton_schulz_inverse,
 ) -> Tensor:
-    """Attention over ``(B, heads, N, d)`` through ``(B, heads, m, d)`` landmarks, linear in N; returns ``(B, heads, N, d)``.
+    """Attention over ``(B, heads, N, d)`` through ``(B, heads, m, d)`` landmarks: ``(B, heads, N, d)``.
 
     Every form is ``Z V`` with ``Z = scaled(G - mean G) + 1/N`` for the Nystroem matrix ``G = C_q A C_k^T``
     that is never formed (paper, section 3.2); ``lf_dense.functional.laplacian_attention`` documents the three

@@ -1,1 +1,1 @@
-"""Measuring operators, the backbone and training steps."""
+"""Measuring operators, the backbone and training steps: what ``tools/benchmark.py`` is made of."""

@@ -1,14 +1,20 @@
-"""Parameters and multiply-adds of a backbone, by the papers' count and with the attention's own work beside it."""
+"""Parameters and multiply-adds of a backbone: the papers' count, and the attention's own work beside it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention import LaplacianAttention
+from ..laplacianformer import LaplacianFormer
+from .report import markdown_head, markdown_row
+
+# Of the papers' classifier, which their counts include.
+NUM_CLASSES = 1000
 
 _CONVOLUTIONS_AND_LINEAR = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
 
@@ -40,10 +46,10 @@ def laplacian_attention_macs(
 
 
 def count(backbone: nn.Module, input_size: tuple[int, int] = (224, 224)) -> Complexity:
-    """Count a backbone at one input size ``(height, width)``, on one image, in eval mode; the module is left as it was."""
+    """Count a backbone on one image of ``(height, width)``, in eval mode; the module is left as it was."""
     attention_macs = 0
 
-    def add_attention(module: LaplacianAttention, inputs: tuple) -> None:
+    def add_attention(module: LaplacianAttention, inputs: tuple[Any, ...]) -> None:
         nonlocal attention_macs
         hw_shape = inputs[1]
         num_landmarks = min(module.landmark_grid[0], hw_shape[0]) * min(module.landmark_grid[1], hw_shape[1])
@@ -52,7 +58,8 @@ def count(backbone: nn.Module, input_size: tuple[int, int] = (224, 224)) -> Comp
         )
 
     weight = next(backbone.parameters())
-    image = torch.zeros(1, backbone.in_channels, *input_size, dtype=weight.dtype, device=weight.device)
+    in_channels: Any = backbone.in_channels
+    image = torch.zeros(1, in_channels, *input_size, dtype=weight.dtype, device=weight.device)
     was_training = backbone.training
     backbone.eval()
     hooks = [
@@ -72,3 +79,21 @@ def count(backbone: nn.Module, input_size: tuple[int, int] = (224, 224)) -> Comp
     # Torch counts a multiply-add as two.
     macs = sum(by_operator.get(operator, 0) for operator in _CONVOLUTIONS_AND_LINEAR) // 2
     return Complexity(sum(p.numel() for p in backbone.parameters()), macs, attention_macs)
+
+
+def table(archs: Iterable[str], input_size: tuple[int, int] = (224, 224)) -> str:
+    """Return a Markdown table of presets, each with the papers' 1000-way classifier."""
+    conventional = "FLOPs (convolutions and linear layers)"
+    lines = [markdown_head(["arch", "depths", "params", conventional, "with the attention's own work"])]
+    for arch in archs:
+        backbone = LaplacianFormer(arch)
+        found = count(backbone, input_size)
+        classifier = backbone.embed_dims[-1] * NUM_CLASSES
+        params, macs = found.params + classifier + NUM_CLASSES, found.macs + classifier
+        counts = [
+            f"{params / 1e6:.2f} M",
+            f"{macs / 1e9:.2f} G",
+            f"{(macs + found.attention_macs) / 1e9:.2f} G",
+        ]
+        lines.append(markdown_row([arch, backbone.depths, *counts]))
+    return "\n".join(lines)

@@ -13,28 +13,25 @@ from mmengine.logging import print_log
 from ..errors import UsageError
 from ..frameworks import framework_of, load_config, type_name
 from ..laplacianformer import LaplacianFormer
+from ..presets import STRIDES
 from ..weights.reading import is_remote, read_checkpoint
-from .rewiring import (
-    STRIDES,
-    Levels,
-    Rewiring,
-    SwapError,
-    as_list,
-    check_replaceable,
-    choose_stages,
-    measure_levels,
-)
+from .errors import SwapError
+from .levels import Levels, choose_stages, measure_levels
+from .rewiring import Rewiring, check_replaceable
+from .settings import as_list, backbone_of
 
 # Pixels 0 to 255, red first: what ImageNet weights are trained with.
 MEAN = [123.675, 116.28, 103.53]
 STD = [58.395, 57.12, 57.375]
-# AdamW where a recipe had another kind of optimizer: learning rate, its number of images per step, weight
-# decay. PVTv2's RetinaNet, Swin's UPerNet and Swin's ImageNet recipe.
+# AdamW for recipes of another optimizer (learning rate, images per step, weight decay): PVTv2's RetinaNet,
+# Swin's UPerNet and Swin's ImageNet recipe.
 _RECIPES = {"mmdet": (1e-4, 16, 1e-4), "mmseg": (6e-5, 16, 0.01), "mmpretrain": (1e-3, 1024, 0.05)}
 _ADAM = ("Adam", "AdamW")
-# Constructors that know parameters by mmengine's rules or by a backbone's own get_layer_depth.
+# torch's own, where a recipe states none.
+_DEFAULT_LR = 1e-3
+# These know parameters by mmengine's rules or by a backbone's own get_layer_depth.
 _CONSTRUCTORS = ("", "DefaultOptimWrapperConstructor", "LearningRateDecayOptimWrapperConstructor")
-# Classifier heads on tokens; a pooled map goes into a linear layer.
+# Classifier heads on tokens, which become a linear layer on the pooled map.
 _TOKEN_HEADS = (
     "VisionTransformerClsHead",
     "DeiTClsHead",
@@ -47,8 +44,8 @@ _HEAD_KEYS = ("num_classes", "loss", "topk", "cal_acc")
 _NO_BACKBONE = {
     "Detectron2Wrapper": "Detectron2Wrapper keeps its backbone in detectron2's own config",
     "MultimodalEncoderDecoder": (
-        "MultimodalEncoderDecoder needs CLIP's image encoder, whose features its text encoder was trained"
-        " with"
+        "MultimodalEncoderDecoder needs CLIP's image encoder, whose features its text encoder was trained "
+        "with"
     ),
     "TimmClassifier": "TimmClassifier is a whole network of timm's",
     "HuggingFaceClassifier": "HuggingFaceClassifier is a whole network of transformers'",
@@ -56,7 +53,7 @@ _NO_BACKBONE = {
 
 
 class _Swap:
-    """One config on its way to another backbone; ``notes`` collects what its user should know."""
+    """One config that gets another backbone; ``notes`` collects what its user should know."""
 
     def __init__(self, config: Config, backbone: dict[str, Any]) -> None:
         self.config = config
@@ -75,21 +72,16 @@ class _Swap:
         holder["backbone"] = ConfigDict(self.backbone)
         self._drop_weights(holder)
         if old.get("in_channels", 3) == 3:
-            self._set_preprocessing(
-                [
-                    self.config.get("data_preprocessor"),
-                    self.config.model.get("data_preprocessor"),
-                    holder.get("data_preprocessor"),
-                ]
-            )
+            owners = (self.config, self.config.model, holder)
+            self._set_preprocessing([owner.get("data_preprocessor") for owner in owners])
         self._set_optimizer(type_name(old))
-        imports = self.config.get("custom_imports") or ConfigDict(imports=[], allow_failed_imports=False)
-        listed = imports["imports"]
-        imports["imports"] = [*([listed] if isinstance(listed, str) else listed), "lf_dense"]
-        self.config.custom_imports = imports
+        self._import_lf_dense()
 
     def _find(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The (sub-)model with the backbone to replace, and the backbone's settings; a tracker's is its detector's."""
+        """The model with the backbone to replace, and the backbone's settings.
+
+        A tracker's backbone is its detector's.
+        """
         model = self.config.get("model")
         if not isinstance(model, dict):
             raise SwapError(
@@ -102,8 +94,8 @@ class _Swap:
         holder = model if isinstance(model.get("backbone"), dict) else model.get("detector")
         if not isinstance(holder, dict) or not isinstance(holder.get("backbone"), dict):
             raise SwapError(
-                f"the backbone cannot be replaced: {name} has none (no model.backbone and no"
-                " model.detector.backbone)."
+                f"the backbone cannot be replaced: {name} has none (no model.backbone and no "
+                "model.detector.backbone)."
             )
         if not holder["backbone"].get("type"):
             raise SwapError(
@@ -121,8 +113,8 @@ class _Swap:
         stages = tuple(self.backbone.get("out_indices") or choose_stages(before))
         if len(stages) != len(before.channels):
             raise SwapError(
-                f"out_indices is {stages}, and the config's neck or heads read {len(before.channels)} maps:"
-                " give as many."
+                f"out_indices is {stages}, and the config's neck or heads read {len(before.channels)} maps: "
+                "give as many."
             )
         if "in_channels" in old:
             self.backbone.setdefault("in_channels", old["in_channels"])
@@ -140,8 +132,8 @@ class _Swap:
         head = model.get("head")
         if not head:
             raise SwapError(
-                "the backbone cannot be replaced: this classifier has no head, and hands the old one's"
-                " features on."
+                "the backbone cannot be replaced: this classifier has no head, and hands the old one's "
+                "features on."
             )
         model["neck"] = ConfigDict(type="GlobalAveragePooling")
         if type_name(head) in _TOKEN_HEADS:
@@ -149,10 +141,8 @@ class _Swap:
             model["head"] = ConfigDict(type="LinearClsHead", in_channels=width, **kept)
             self.notes.append(f"the head {type_name(head)} read tokens, and is a LinearClsHead now")
             return
-        heads = (
-            list((head.get("task_heads") or {}).values()) if type_name(head) == "MultiTaskHead" else [head]
-        )
-        for part in heads:
+        is_several = type_name(head) == "MultiTaskHead"
+        for part in (head.get("task_heads") or {}).values() if is_several else [head]:
             if "in_channels" not in part:
                 raise SwapError(
                     f"the backbone cannot be replaced: the head {type_name(part)} does not state in_channels,"
@@ -161,39 +151,37 @@ class _Swap:
             part["in_channels"] = width
 
     def _build_on_meta(self) -> LaplacianFormer:
-        """Our backbone without memory for its tensors: it checks every option, and knows its widths and names."""
+        """Our backbone, without memory for its tensors: it checks the options and knows widths and names."""
         options = {key: value for key, value in self.backbone.items() if key not in ("type", "init_cfg")}
         with torch.device("meta"):
             return LaplacianFormer(**options)
 
     def _drop_weights(self, holder: dict[str, Any]) -> None:
-        """Weights of the old model are not loaded in part."""
+        """Drop all weights of the old model: none are loaded in part."""
         for settings in (self.config.model, holder):
             settings.pop("pretrained", None)
             initializers = as_list(settings.get("init_cfg"))
             if any(type_name(initializer) == "Pretrained" for initializer in initializers):
-                settings["init_cfg"] = [i for i in initializers if type_name(i) != "Pretrained"] or None
+                kept = [part for part in initializers if type_name(part) != "Pretrained"]
+                settings["init_cfg"] = kept or None
                 self.notes.append(
-                    "the weights that init_cfg loaded for the whole model are not loaded, since they belong"
-                    " to the old backbone"
+                    "the weights that init_cfg loaded for the whole model are not loaded, since they belong "
+                    "to the old backbone"
                 )
         if self.config.get("load_from"):
             self.config.load_from = None
             self.notes.append("load_from is dropped, since its weights belong to the old backbone")
 
     def _set_preprocessing(self, preprocessors: list[Any]) -> None:
-        """ImageNet's mean and deviation, red first, whichever way they were."""
+        """Normalise with ImageNet's mean and deviation, red first."""
         changed = False
         for settings in preprocessors:
             while isinstance(settings, dict) and isinstance(settings.get("data_preprocessor"), dict):
                 settings = settings["data_preprocessor"]
             if not isinstance(settings, dict):
                 continue
-            order = (
-                "to_rgb"
-                if self.scope == "mmpretrain" or type_name(settings) == "ReIDDataPreprocessor"
-                else "bgr_to_rgb"
-            )
+            is_classifier = self.scope == "mmpretrain" or type_name(settings) == "ReIDDataPreprocessor"
+            order = "to_rgb" if is_classifier else "bgr_to_rgb"
             wanted = {"mean": MEAN, "std": STD, order: True}
             if any(settings.get(key) != value for key, value in wanted.items()):
                 settings.pop("rgb_to_bgr", None)
@@ -201,8 +189,8 @@ class _Swap:
                 changed = True
         if changed:
             self.notes.append(
-                "images are normalised with ImageNet's mean and deviation, red first, which is not what the"
-                " old backbone had"
+                "images are normalised with ImageNet's mean and deviation, red first, which is not what the "
+                "old backbone had"
             )
 
     def _set_optimizer(self, old_name: str) -> None:
@@ -211,57 +199,73 @@ class _Swap:
             return
         if "optimizer" not in wrapper:
             raise SwapError(
-                "the backbone cannot be replaced: the config has several optimizers, and which one is the"
-                " backbone's is unknown."
+                "the backbone cannot be replaced: the config has several optimizers, and which one is the "
+                "backbone's is unknown."
             )
         optimizer = wrapper["optimizer"]
-        old_lr, lr_or_default = optimizer.get("lr"), optimizer.get("lr", 1e-3)
-        if type_name(optimizer) in _ADAM:
-            new = {**optimizer, "type": "AdamW", "lr": lr_or_default}
+        is_adam = type_name(optimizer) in _ADAM
+        if is_adam:
+            new = {**optimizer, "type": "AdamW", "lr": optimizer.get("lr", _DEFAULT_LR)}
         else:
-            lr, images, decay = _RECIPES[self.scope]
-            base = (self.config.get("auto_scale_lr") or {}).get("base_batch_size") or images
-            new = {"type": "AdamW", "lr": lr * base / images, "weight_decay": decay}
-            self.notes.append(
-                f"{type_name(optimizer)} at {old_lr} was tuned for {old_name}, and is AdamW at {new['lr']:g}"
-                f" with weight decay {decay:g} now: a starting point, not a tuned recipe"
-            )
-            self._scale_schedule(new["lr"] / lr_or_default)
+            new = self._starting_point(optimizer, old_name)
         wrapper["optimizer"] = ConfigDict(new)
 
         constructor = type_name({"type": wrapper.get("constructor")})
-        if constructor not in _CONSTRUCTORS:
+        is_known = constructor in _CONSTRUCTORS
+        if not is_known:
             wrapper.pop("constructor")
             self.notes.append(
-                f"{constructor} knows the layers of {old_name} alone, and is dropped: all layers have one"
-                " learning rate"
+                f"{constructor} knows the layers of {old_name} alone, and is dropped: all layers have one "
+                "learning rate"
             )
-        rules = dict(wrapper.get("paramwise_cfg") or {}) if constructor in _CONSTRUCTORS else {}
-        if type_name(optimizer) not in _ADAM:
+        rules = dict(wrapper.get("paramwise_cfg") or {}) if is_known else {}
+        if not is_adam:
             rules.pop("bias_lr_mult", None)
         rules.update(norm_decay_mult=0.0, bias_decay_mult=0.0, bypass_duplicate=True)
-        keys = {
-            key: value
-            for key, value in (rules.get("custom_keys") or {}).items()
-            if not key.startswith("backbone.")
-        }
+        keys = self._custom_keys(rules.get("custom_keys") or {})
+        # Where every key was the old backbone's, none is left.
+        rules.pop("custom_keys", None)
+        if keys:
+            rules["custom_keys"] = keys
+        wrapper["paramwise_cfg"] = ConfigDict(rules)
+
+    def _starting_point(self, optimizer: dict[str, Any], old_name: str) -> dict[str, Any]:
+        """AdamW in place of another kind of optimizer; the schedule's learning rates follow."""
+        lr, images, decay = _RECIPES[self.scope]
+        base = (self.config.get("auto_scale_lr") or {}).get("base_batch_size") or images
+        new = {"type": "AdamW", "lr": lr * base / images, "weight_decay": decay}
+        self.notes.append(
+            f"{type_name(optimizer)} at {optimizer.get('lr')} was tuned for {old_name}, and is AdamW at "
+            f"{new['lr']:g} with weight decay {decay:g} now: a starting point, not a tuned recipe"
+        )
+        self._scale_schedule(new["lr"] / optimizer.get("lr", _DEFAULT_LR))
+        return new
+
+    def _custom_keys(self, old_keys: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer's rules by name, without those that name parts of the old backbone."""
+        keys = {key: value for key, value in old_keys.items() if not key.startswith("backbone.")}
         if "backbone" in keys:
             # A custom key outranks the rule for norms and biases, so each of the backbone's is named.
             for name, parameter in self._build_on_meta().named_parameters():
                 if parameter.ndim == 1:
                     owner = name.rpartition(".")[0] if "norm" in name else name
                     keys[f"backbone.{owner}"] = {**keys["backbone"], "decay_mult": 0.0}
-        if keys:
-            rules["custom_keys"] = keys
-        wrapper["paramwise_cfg"] = ConfigDict(rules)
+        return keys
 
     def _scale_schedule(self, ratio: float) -> None:
-        """Learning rates that the schedule states as such move with the optimizer's."""
+        """Scale the learning rates that the schedule states as the optimizer's was."""
         for scheduler in as_list(self.config.get("param_scheduler")):
             if type_name(scheduler).endswith("LR"):
                 for key in ("eta_min", "eta_max"):
                     if scheduler.get(key):
                         scheduler[key] = scheduler[key] * ratio
+
+    def _import_lf_dense(self) -> None:
+        """Let the new config import this package, so that any tool finds the backbone."""
+        imports = self.config.get("custom_imports") or ConfigDict(imports=[], allow_failed_imports=False)
+        listed = imports["imports"]
+        imports["imports"] = [*([listed] if isinstance(listed, str) else listed), "lf_dense"]
+        self.config.custom_imports = imports
 
 
 def set_pretrained(config: Config, checkpoint: str) -> None:
@@ -275,9 +279,8 @@ def set_pretrained(config: Config, checkpoint: str) -> None:
     Raises:
         UsageError: the config has no LaplacianFormer, or the checkpoint cannot be read.
     """
-    model = config.get("model") or {}
-    backbone = model.get("backbone") or (model.get("detector") or {}).get("backbone")
-    if type_name(backbone) != "LaplacianFormer":
+    backbone = backbone_of(config.get("model") or {})
+    if backbone is None or type_name(backbone) != "LaplacianFormer":
         raise UsageError("--pretrained is for a LaplacianFormer, and the config has none: add --backbone.")
     if not is_remote(checkpoint):
         read_checkpoint(checkpoint)
@@ -292,12 +295,11 @@ def swap_backbone(
 ) -> Config:
     """Replace the backbone of a config by a LaplacianFormer, and rewire all that depends on it.
 
-    What changes: neck and head channels, the strides they state, auxiliary heads, image normalisation,
-        optimizer (AdamW, no decay on
-    norms and biases; an Adam recipe keeps its learning rate, the schedule stays), and weights of the old
-    backbone, which are dropped. Levels are matched by stride where the old backbone has strides of ours,
-    otherwise in order. A tracker's detector is changed, and its re-identification model left alone. What the
-    user of the new config should know is logged as a warning.
+    These change: neck and head channels, the strides they state, auxiliary heads, image normalisation, the
+    optimizer (AdamW, no decay on norms and biases) and weights of the old backbone, which are dropped. An
+    Adam recipe keeps its learning rate, and the schedule stays. Levels are matched by stride where the old
+    backbone has strides of ours, otherwise in order. A tracker's detector changes, and its
+    re-identification model does not. What the user of the new config should know is logged as a warning.
 
     Args:
         cfg: path, packaged name (``mmdet::...``, ``mmseg::...``, ``mmpretrain::...``) or Config; a Config is

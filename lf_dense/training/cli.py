@@ -48,8 +48,8 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
         "--trust-checkpoint",
         action="store_true",
         help=(
-            "read the checkpoints named here even if they hold code, which then runs: only for files whose"
-            " makers you trust"
+            "read the checkpoints named here even if they hold code, which then runs: only for files whose "
+            "makers you trust"
         ),
     )
 
@@ -86,5 +86,5 @@ def add_launcher(parser: argparse.ArgumentParser) -> None:
 
 
 def set_local_rank(local_rank: int) -> None:
-    """mmengine reads the rank from the environment, where torchrun puts it and the older launcher does not."""
+    """Put the rank where mmengine reads it: torchrun does, and the older launcher does not."""
     os.environ.setdefault("LOCAL_RANK", str(local_rank))

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def read_scalars(work_dir: str | Path) -> list[dict[str, Any]]:
-    """Every logged record of every run in a work dir, oldest first; a line cut off by an interruption ends its file.
+    """Every logged record of every run in a work dir, oldest first.
+
+    A line that an interruption cut off ends its file.
 
     Raises:
         UsageError: nothing has been logged there.
@@ -66,7 +68,7 @@ def save_figure(figure: Figure, out: str | Path) -> Path:
 
 
 def compare_losses(groups: Mapping[str, Sequence[str | Path]], out: str | Path) -> Path:
-    """Draw the training losses of several runs: a thin line for each, and a thick one for the mean of each group.
+    """Draw the training losses of several runs: thin lines, and a thick one for the mean of a group.
 
     Args:
         groups: work dirs by the name of their group, the runs of several seeds for example.
@@ -83,7 +85,7 @@ def compare_losses(groups: Mapping[str, Sequence[str | Path]], out: str | Path) 
         runs = [read_curves(work_dir)[0] for work_dir in work_dirs]
         shared = sorted(set.intersection(*(set(run) for run in runs)))
         for run in runs:
-            axes.plot(run.keys(), run.values(), color=f"C{index}", alpha=0.35, linewidth=0.9)
+            axes.plot(list(run), list(run.values()), color=f"C{index}", alpha=0.35, linewidth=0.9)
         label = f"{name} (mean of {len(runs)})" if len(runs) > 1 else name
         axes.plot(
             shared,
@@ -99,7 +101,7 @@ def compare_losses(groups: Mapping[str, Sequence[str | Path]], out: str | Path) 
 
 
 def plot_curves(work_dir: str | Path, out: str | Path, metric: str) -> Path:
-    """Draw the training loss over iterations, and one validation metric where it was measured, into a picture.
+    """Draw the training loss over iterations, and one validation metric where it was measured.
 
     Raises:
         UsageError: nothing has been logged there.

@@ -1,6 +1,7 @@
-"""Knowledge distillation for mmpretrain's classifiers, from any teacher that mmpretrain can build, timm's models among them.
+"""Knowledge distillation for mmpretrain's classifiers.
 
-Name this module in a config's ``custom_imports`` beside ``lf_dense``; it imports mmpretrain.
+The teacher is any model that mmpretrain can build; timm's are among them. Name this module in a config's
+``custom_imports`` beside ``lf_dense``; it imports mmpretrain.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MODES = ("soft", "hard")
 
 @MODELS.register_module()
 class DistilledClassifier(ImageClassifier):
-    """mmpretrain's ``ImageClassifier``, trained with a second loss: what a teacher says of the same, already augmented images.
+    """mmpretrain's ``ImageClassifier`` with a second loss: a teacher's view of the same augmented images.
 
     ``"hard"`` is the cross-entropy to the teacher's decision, ``"soft"`` the Kullback-Leibler divergence of
     both distributions at a temperature T, times T^2 (Touvron et al., "Training data-efficient image
@@ -29,7 +30,7 @@ class DistilledClassifier(ImageClassifier):
     loss_distill``.
 
     The teacher is no part of the state dict and takes no gradient: checkpoints are those of an
-        ``ImageClassifier``.
+    ``ImageClassifier``.
 
     Args:
         teacher: config of a model that maps images to logits when called with them alone:
@@ -64,8 +65,8 @@ class DistilledClassifier(ImageClassifier):
             raise UsageError(f"the distillation mode {mode!r} does not exist: use {' or '.join(MODES)}.")
         if not 0 <= weight <= 1 or not temperature > 0:
             raise UsageError(
-                f"distillation: weight {weight}, temperature {temperature}: the first is in [0, 1], the"
-                " second above 0."
+                f"distillation: weight {weight}, temperature {temperature}: the first is in [0, 1], the "
+                "second above 0."
             )
         self.mode = mode
         self.weight = weight
@@ -86,9 +87,9 @@ class DistilledClassifier(ImageClassifier):
     @torch.no_grad()
     def teacher_logits(self, images: Tensor) -> Tensor:
         """What the teacher says of the student's images ``(B, 3, H, W)``: ``(B, num_classes)``."""
-        mean, std = (getattr(self.data_preprocessor, name, None) for name in ("mean", "std"))
-        if mean is not None:
-            images = images * std + mean
+        preprocessor: Any = self.data_preprocessor
+        if getattr(preprocessor, "mean", None) is not None:
+            images = images * preprocessor.std + preprocessor.mean
         logits = self.teacher((images - self.teacher_mean) / self.teacher_std)
         return logits if self.teacher_classes is None else logits[:, self.teacher_classes]
 
@@ -105,8 +106,11 @@ class DistilledClassifier(ImageClassifier):
         if self.mode == "hard":
             distilled = F.cross_entropy(student, teacher.argmax(1))
         else:
-            logs = [F.log_softmax(logits / self.temperature, dim=1) for logits in (student, teacher)]
-            distilled = F.kl_div(*logs, reduction="batchmean", log_target=True) * self.temperature**2
+            log_student, log_teacher = (
+                F.log_softmax(logits / self.temperature, dim=1) for logits in (student, teacher)
+            )
+            divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+            distilled = divergence * self.temperature**2
         losses["loss"] = losses["loss"] * (1 - self.weight)
         losses["loss_distill"] = distilled * self.weight
         return losses

@@ -1,4 +1,4 @@
-"""Labels that do not fit the model's classes: one sentence before or at the first of them, in place of a silent loss or a device assert."""
+"""Labels that do not fit the model's classes are an error with a sentence, not a silent loss."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def check_coco_classes(config: Config, splits: tuple[str, ...]) -> None:
         missing = [name for name in classes if name not in names]
         if missing:
             raise UsageError(
-                f"{path} ({key}) has no category {_shown(missing)}, which the config names; it has"
-                f" {_shown(names)}: set metainfo.classes of the datasets to those that you want, and"
-                " num_classes of the heads to their number."
+                f"{path} ({key}) has no category {_shown(missing)}, which the config names; it has "
+                f"{_shown(names)}: set metainfo.classes of the datasets to those that you want, and "
+                "num_classes of the heads to their number."
             )
         in_file = [name for name in names if name in classes]
         if in_file != classes:
             raise UsageError(
-                f"{key} lists its classes as {_shown(classes)}, and mmdet numbers them as {path} does,"
-                f" {_shown(in_file)}: list them in that order, or every prediction has another's name."
+                f"{key} lists its classes as {_shown(classes)}, and mmdet numbers them as {path} does, "
+                f"{_shown(in_file)}: list them in that order, or every prediction has another's name."
             )
         ignored = [name for name in names if name not in classes]
         if ignored:
@@ -94,13 +94,13 @@ def check_head_classes(model: nn.Module, classes: Sequence[str]) -> None:
             )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """A model without its wrapper for distributed data."""
     return model.module if is_model_wrapper(model) else model
 
 
 class LabelCheckHook(Hook):
-    """Looks at a detector's heads before training starts, and elsewhere at the labels of every batch before the model sees them.
+    """Compares labels and heads: a detector's once, before training, and other models' labels batch by batch.
 
     Args:
         scope: the framework's registry scope.
@@ -127,16 +127,18 @@ class LabelCheckHook(Hook):
                 self._check_label(model, sample)
 
     @staticmethod
-    def _check_map(model: nn.Module, sample: Any) -> None:
-        head = model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
+    def _check_map(model: Any, sample: Any) -> None:
+        head: Any = (
+            model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
+        )
         labels = sample.gt_sem_seg.data
         wrong = labels[(labels >= head.num_classes) & (labels != head.ignore_index)]
         if wrong.numel():
             path = sample.metainfo.get("seg_map_path", sample.metainfo.get("img_path"))
             raise UsageError(
                 f"the label map {path} has the class {int(wrong.max())}, and the model has {head.num_classes}"
-                f" classes, 0 to {head.num_classes - 1} ({head.ignore_index} is ignored): set num_classes of"
-                " the heads, or reduce_zero_label where 0 stands for nothing and classes start at 1."
+                f" classes, 0 to {head.num_classes - 1} ({head.ignore_index} is ignored): set num_classes of "
+                "the heads, or reduce_zero_label where 0 stands for nothing and classes start at 1."
             )
 
     @staticmethod

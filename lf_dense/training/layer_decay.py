@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay for models with a LaplacianFormer, in any framework that trains through mmengine."""
+"""Layer-wise learning-rate decay for models with a LaplacianFormer, in any of the frameworks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from ..errors import UsageError
 from ..laplacianformer import LaplacianFormer
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class LayerDecayOptimizer(DefaultOptimWrapperConstructor):
-    """``optim_wrapper=dict(constructor="LayerDecayOptimizer", paramwise_cfg=dict(layer_decay_rate=0.8, ...), ...)``.
+# The second name is that of configs from before the class was named for what it is.
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(name=["LayerDecayOptimWrapperConstructor", "LayerDecayOptimizer"])
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Optimizer settings whose learning rate decays from the last layer of a LaplacianFormer to its first.
 
-    A parameter of layer i of n (``LaplacianFormer.get_layer_depth``) learns at ``lr * layer_decay_rate ** (n
-    - 1 - i)``; whatever is not in the backbone learns at ``lr``. The rest of ``paramwise_cfg`` is mmengine's
+    A config names it in ``optim_wrapper.constructor``, and the rate in ``paramwise_cfg.layer_decay_rate``.
+
+    A parameter of layer i of n (``LaplacianFormer.get_layer_depth``) learns at
+    ``lr * layer_decay_rate ** (n - 1 - i)``. What is not in the backbone learns at ``lr``. The rest of ``paramwise_cfg`` is mmengine's
     (``norm_decay_mult``, ``custom_keys``, ...) and its factors multiply with the decay. Parameters of one
     layer and one setting share a group, named by ``param_names`` in the log.
 
@@ -31,8 +34,7 @@ class LayerDecayOptimizer(DefaultOptimWrapperConstructor):
         rate = paramwise_cfg.pop("layer_decay_rate", None)
         if not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise UsageError(
-                f"paramwise_cfg.layer_decay_rate is {rate!r}: LayerDecayOptimizer needs a number in (0, 1],"
-                " 0.8 for example."
+                f"paramwise_cfg.layer_decay_rate is {rate!r}, and has to be a number in (0, 1], like 0.8."
             )
         # mmengine looks at none of its rules, nor calls add_params, where the rest is empty.
         super().__init__(optim_wrapper_cfg, paramwise_cfg or {"custom_keys": {}})
@@ -41,7 +43,7 @@ class LayerDecayOptimizer(DefaultOptimWrapperConstructor):
     def add_params(
         self, params: list[dict], module: nn.Module, prefix: str = "", is_dcn_module: Any = None
     ) -> None:
-        """mmengine's groups, one for each parameter, then, for the whole model, decayed and merged by layer."""
+        """mmengine's groups, one for each parameter; those of the whole model are then merged by layer."""
         super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
         if not prefix:
             params[:] = self._by_layer(params, module)
@@ -54,7 +56,7 @@ class LayerDecayOptimizer(DefaultOptimWrapperConstructor):
         }
         if not backbones:
             raise UsageError(
-                "LayerDecayOptimizer decays by the layers of a LaplacianFormer, and the model has none: drop"
+                "LayerDecayOptimWrapperConstructor decays by the layers of a LaplacianFormer, and the model has none: drop"
                 " the constructor."
             )
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -63,14 +65,15 @@ class LayerDecayOptimizer(DefaultOptimWrapperConstructor):
             (parameter,) = group["params"]
             name = names[id(parameter)]
             prefix = next((prefix for prefix in backbones if name.startswith(prefix)), None)
-            layer, num_layers = (
-                (None, 0) if prefix is None else backbones[prefix].get_layer_depth(name, prefix)
-            )
-            settings = {key: value for key, value in group.items() if key != "params"}
-            scale = 1.0 if layer is None else self.layer_decay_rate ** (num_layers - 1 - layer)
-            settings["lr"] = settings.get("lr", self.base_lr) * scale
+            layer, scale = -1, 1.0  # what is in no backbone
+            if prefix is not None:
+                layer, num_layers = backbones[prefix].get_layer_depth(name, prefix)
+                scale = self.layer_decay_rate ** (num_layers - 1 - layer)
+            settings: dict[str, Any] = {key: value for key, value in group.items() if key != "params"}
+            base_lr: Any = settings.get("lr", self.base_lr)
+            settings["lr"] = base_lr * scale
             key = (
-                -1 if layer is None else layer,
+                layer,
                 prefix,
                 *sorted((key, repr(value)) for key, value in settings.items()),
             )

@@ -1,4 +1,4 @@
-"""Predictions for images that no dataset describes: one path for detection, segmentation and classification."""
+"""Predictions for image files: detection, segmentation and classification alike."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..errors import UsageError
 from ..files import write_atomically
 from ..frameworks import datasets_of, framework_of, type_name
 from ..weights.reading import guard_mmengine, read_checkpoint
-from ..weights.saving import load_weights
+from ..weights.resuming import load_weights
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -163,7 +163,9 @@ class Predictor:
 
 
 def predict_images(predictor: Predictor, source: str | Path, out: str | Path, score_thr: float = 0.3) -> Path:
-    """Predict an image or a folder: pictures under ``out/pictures``, label maps under ``out/labels``, all in ``predictions.json``.
+    """Predict an image or a folder.
+
+    Pictures go to ``out/pictures``, label maps to ``out/labels``, results to ``out/predictions.json``.
 
     Args:
         predictor: the model.
@@ -224,7 +226,7 @@ def predict_images(predictor: Predictor, source: str | Path, out: str | Path, sc
     )
     if unreadable:
         raise UsageError(
-            f"{len(unreadable)} of {len(images)} files could not be read as images:"
-            f" {', '.join(unreadable[:5])}."
+            f"{len(unreadable)} of {len(images)} files could not be read as images: "
+            f"{', '.join(unreadable[:5])}."
         )
     return result

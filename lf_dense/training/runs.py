@@ -1,35 +1,28 @@
-"""From a config and a command line's wishes to an mmengine Runner: what train.py and test.py share."""
+"""From a config and a command line to an mmengine Runner: what train.py and test.py share."""
 
 from __future__ import annotations
 
-import atexit
-import gc
 import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
 from mmengine.config import Config
-from mmengine.device import is_cuda_available, is_mlu_available, is_musa_available, is_npu_available
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..errors import UsageError
-from ..frameworks import check_data, framework_of
+from ..frameworks import check_data, framework_of, type_name
+from ..presets import NUM_STAGES, resolve_arch
 from ..weights.reading import guard_mmengine, read_checkpoint, trust_checkpoint
-from ..weights.saving import (
-    CheckpointCheckHook,
-    check_resumable,
-    latest_good_checkpoint,
-    remove_leftovers,
-    write_checkpoints_atomically,
-)
+from ..weights.resuming import CheckpointCheckHook, check_resumable, latest_good_checkpoint
+from ..weights.saving import remove_leftovers, write_checkpoints_atomically
+from .explaining import explained
 from .labels import LabelCheckHook, check_coco_classes
+from .launching import has_accelerator, set_launcher
 
 AUTO = "auto"
+# Necks that take one number of channels for each map of the backbone.
+_PYRAMID_NECKS = ("FPN", "PAFPN", "FPN_CARAFE", "NASFPN", "ChannelMapper")
 DEFAULT_WORK_DIRS = Path("work_dirs")
 
 
@@ -56,8 +49,8 @@ def enable_amp(config: Config) -> None:
     wrapper = config.optim_wrapper.get("type", "OptimWrapper")
     if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
         raise UsageError(
-            f"--amp replaces an OptimWrapper, and the config has {wrapper}: set mixed precision in its own"
-            " options."
+            f"--amp replaces an OptimWrapper, and the config has {wrapper}: set mixed precision in its own "
+            "options."
         )
     config.optim_wrapper.type = "AmpOptimWrapper"
     config.optim_wrapper.setdefault("loss_scale", "dynamic")
@@ -71,8 +64,8 @@ def enable_auto_scale_lr(config: Config) -> None:
     """
     if "base_batch_size" not in config.get("auto_scale_lr", {}):
         raise UsageError(
-            "--auto-scale-lr needs the batch size that the learning rate was tuned for: set"
-            " auto_scale_lr.base_batch_size."
+            "--auto-scale-lr needs the batch size that the learning rate was tuned for: set "
+            "auto_scale_lr.base_batch_size."
         )
     config.auto_scale_lr.enable = True
 
@@ -110,105 +103,58 @@ def check_start(config: Config, trust: bool) -> None:
         check_resumable(checkpoint, source, bool(config.get("param_scheduler")))
 
 
+def check_sections(config: Config, sections: tuple[str, ...], purpose: str) -> None:
+    """Make sure that a config has what a run reads from it.
+
+    Raises:
+        UsageError: a section is missing, or a number of the optimizer is text.
+    """
+    missing = [section for section in sections if config.get(section) is None]
+    if missing:
+        raise UsageError(
+            f"the config has no {', '.join(missing)}, which {purpose} needs: it is a part of others."
+        )
+    optimizer = (config.get("optim_wrapper") or {}).get("optimizer") or {}
+    for key in ("lr", "weight_decay", "momentum"):
+        if key in optimizer and not isinstance(optimizer[key], (int, float)):
+            raise UsageError(f"optim_wrapper.optimizer.{key} is {optimizer[key]!r}, and has to be a number.")
+
+
+def check_neck(config: Config) -> None:
+    """Compare a neck's channels with those of the LaplacianFormer that it reads.
+
+    Raises:
+        UsageError: they differ.
+    """
+    backbone, neck = config.model.get("backbone"), config.model.get("neck")
+    if (
+        type_name(backbone) != "LaplacianFormer"
+        or not isinstance(neck, dict)
+        or type_name(neck) not in _PYRAMID_NECKS
+    ):
+        return
+    try:
+        dims = resolve_arch(backbone.get("arch", "tiny"))["embed_dims"]
+        channels = [dims[stage] for stage in backbone.get("out_indices", range(NUM_STAGES))]
+    except (IndexError, TypeError, ValueError):
+        return  # building the backbone says what is wrong with it
+    if list(neck.get("in_channels", ())) != channels:
+        raise UsageError(
+            f"model.neck.in_channels is {neck.get('in_channels')}, and the backbone returns maps of {channels} "
+            "channels: set it to these."
+        )
+
+
 def keep_previous_checkpoint(config: Config) -> None:
-    """Keep two checkpoints where the config asks for one: mmengine deletes the old before it writes the new."""
+    """Keep two checkpoints where the config asks for one: mmengine deletes the old one first."""
     hook = config.get("default_hooks", {}).get("checkpoint") or {}
     if hook.get("max_keep_ckpts") == 1:
         hook["max_keep_ckpts"] = 2
         print_log(
-            "default_hooks.checkpoint.max_keep_ckpts is raised from 1 to 2, since an interruption between"
-            " deleting the old checkpoint and writing the new would lose the run.",
+            "default_hooks.checkpoint.max_keep_ckpts is raised from 1 to 2, since an interruption between "
+            "deleting the old checkpoint and writing the new would lose the run.",
             logger="current",
             level=logging.WARNING,
-        )
-
-
-# What tells a process its place in the job, for each launcher.
-_RANK_VARIABLES = {
-    "pytorch": ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NODELIST"),
-    "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-}
-_HOW_TO_LAUNCH = {
-    "pytorch": "start it with torchrun, or tools/dist_train.sh",
-    "slurm": "start it with srun, or tools/slurm_train.sh",
-    "mpi": "start it with Open MPI's mpirun",
-}
-
-
-def has_accelerator() -> bool:
-    """Whether mmengine sees a device that it can train on in mixed precision and with its own start of distributed jobs."""
-    return is_cuda_available() or is_npu_available() or is_mlu_available() or is_musa_available()
-
-
-def set_launcher(config: Config, launcher: str) -> None:
-    """Prepare a distributed job; mmengine does the rest.
-
-    mmengine starts every launcher by choosing a GPU. Without one, torch.distributed is started here, by gloo
-    and torchrun's variables, and mmengine finds it running.
-
-    Raises:
-        UsageError: the launcher's variables are missing, or it or the model cannot work without a GPU.
-    """
-    config.launcher = launcher
-    if launcher == "none":
-        return
-    missing = [name for name in _RANK_VARIABLES[launcher] if name not in os.environ]
-    if missing:
-        raise UsageError(
-            f"--launcher {launcher} needs {', '.join(missing)} in the environment:"
-            f" {_HOW_TO_LAUNCH[launcher]}."
-        )
-    if has_accelerator():
-        return
-    if launcher != "pytorch":
-        raise UsageError(
-            f"--launcher {launcher} needs GPUs, and none is visible: on CPUs use torchrun and --launcher"
-            " pytorch."
-        )
-    check_batch_norms(config)
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-        atexit.register(_leave_process_group)
-    wrapper = {
-        "type": "MMDistributedDataParallel",
-        "broadcast_buffers": False,
-        **(config.get("model_wrapper_cfg") or {}),
-    }
-    wrapper.setdefault("find_unused_parameters", config.get("find_unused_parameters", False))
-    # mmengine names a GPU there, which a model on the CPU has none of.
-    config.model_wrapper_cfg = {**wrapper, "device_ids": None}
-    print_log("no GPU is visible: torch.distributed runs on CPUs, by gloo.", logger="current")
-
-
-def _leave_process_group() -> None:
-    """End gloo's threads while the interpreter still runs: one that frees a tensor later aborts the process."""
-    gc.collect()  # the runner's model holds the group too, and the runner is in reference cycles
-    torch.distributed.destroy_process_group()
-
-
-def check_batch_norms(config: Config) -> None:
-    """Make sure that a model for processes on CPUs has no norm that exists on GPUs alone.
-
-    Raises:
-        UsageError: it has; the settings that ask for it are named.
-    """
-
-    def find(key: str, settings: Any) -> Iterator[str]:
-        if isinstance(settings, dict):
-            if settings.get("type") in ("SyncBN", "MMSyncBN", "naiveSyncBN"):
-                yield f"{key}.type"
-            for name, value in settings.items():
-                yield from find(f"{key}.{name}", value)
-        elif isinstance(settings, (list, tuple)):
-            for index, value in enumerate(settings):
-                yield from find(f"{key}.{index}", value)
-
-    keys = list(find("model", config.model))
-    if keys:
-        raise UsageError(
-            f"the model has SyncBN ({', '.join(keys[:3])}), which torch has for GPUs alone: for processes on"
-            f" CPUs set BN or GN there, --cfg-options {keys[0]}=BN and the like."
         )
 
 
@@ -220,7 +166,9 @@ def build_runner(config: Config, whole: bool = False) -> Runner:
         whole: the checkpoint in ``load_from`` has to cover the whole model.
     """
     guard_mmengine()
-    runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+    with explained():
+        check_neck(config)
+        runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
     if config.get("load_from") or config.get("resume"):
         runner.register_hook(CheckpointCheckHook(config.get("load_from") or "that was saved last", whole))
     return runner
@@ -236,7 +184,7 @@ def build_training_runner(
     launcher: str = "none",
     trust: bool = False,
 ) -> Runner:
-    """Check everything that can be checked without a model, then build the runner; ``train()`` is left to the caller.
+    """Check all that can be checked without a model, then build the runner; the caller calls ``train()``.
 
     Args:
         config: the config.
@@ -251,6 +199,7 @@ def build_training_runner(
         UsageError: framework, data, checkpoint or options cannot work.
     """
     framework_of(config)
+    check_sections(config, ("model", "train_dataloader", "train_cfg", "optim_wrapper"), "training")
     set_launcher(config, launcher)
     set_work_dir(config, work_dir)
     if amp:
@@ -311,6 +260,7 @@ def build_testing_runner(
         UsageError: framework, data, checkpoint or options cannot work, or the weights do not fit the model.
     """
     framework_of(config)
+    check_sections(config, ("model", "test_dataloader", "test_cfg", "test_evaluator"), "testing")
     set_launcher(config, launcher)
     set_work_dir(config, work_dir)
     config.update(load_from=checkpoint, resume=False)

@@ -1,4 +1,4 @@
-"""A small, deterministic detection and segmentation set in COCO's format: textured shapes that occlude one another."""
+"""The demo's data: a small, deterministic set of textured shapes, in COCO's format."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def _texture(rng: Generator, size: int) -> np.ndarray:
 
 
 def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]], np.ndarray]:
-    """One image ``(size, size, 3)`` uint8 RGB, its visible ``(class, mask)`` pairs, and its label map (0 = background).
+    """One image, its visible ``(class, mask)`` pairs, and its label map (0 = background).
+
+    The image is ``(size, size, 3)`` uint8 RGB.
 
     A shape that would leave less than half of another visible is not drawn.
     """
@@ -117,7 +119,10 @@ def _write_png(path: Path, image: np.ndarray) -> None:
 
 
 def make_shapes(out: str | Path, train: int = 400, val: int = 80, size: int = 192, seed: int = 0) -> Path:
-    """Write the set: ``train/``, ``val/`` (PNG), ``semantic/{train,val}/`` (class indices) and ``annotations/instances_*.json``.
+    """Write the set: images, label maps and annotations.
+
+    Images are PNG files in ``train/`` and ``val/``, maps of class indices are in ``semantic/``, and boxes and
+    masks in ``annotations/instances_*.json``.
 
     The same arguments give the same bytes in every image and annotation; each image depends on the seed and
     its own number alone. Pixel coordinates throughout; boxes are ``[x, y, width, height]`` of the visible
@@ -134,8 +139,8 @@ def make_shapes(out: str | Path, train: int = 400, val: int = 80, size: int = 19
     """
     if train < 1 or val < 1 or size < 64 or seed < 0:
         raise UsageError(
-            f"a set of {train} + {val} images of {size} pixels, seed {seed}: needs 1 + 1 images, 64 pixels,"
-            " seed 0 or more."
+            f"a set of {train} + {val} images of {size} pixels, seed {seed}: needs 1 + 1 images, 64 pixels, "
+            "seed 0 or more."
         )
     out = Path(out)
     done = out / "made_by.json"

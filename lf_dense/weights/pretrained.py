@@ -20,11 +20,11 @@ from .reading import read_checkpoint, tensors_of
 MIN_SHARE = 0.9
 _OWN = Form("LaplacianFormer", ("stages.0.patch_embed.proj.weight",), ())
 _KNOWN = {"laplacianformer": _OWN, **FORMS}
-SOURCES = ("auto", *_KNOWN)
+FORM_NAMES = ("auto", *_KNOWN)
 
 
 class LoadReport(NamedTuple):
-    """What a load did, by names of the backbone's tensors (``taken``, ``converted``, ``left``) and of the file's (``unused``).
+    """What a load did, by names of the backbone's tensors; ``unused`` has the file's own.
 
     ``converted`` gives where a tensor was cut or reshaped from, ``left`` why one keeps its initial values,
     ``share`` the part of the backbone's numbers that arrived.
@@ -41,15 +41,15 @@ class LoadReport(NamedTuple):
 
     def __str__(self) -> str:
         text = (
-            f"{self.form} in {self.source}: {self.share:.1%} of the backbone's numbers, {len(self.taken)}"
-            " tensors taken"
+            f"{self.form} in {self.source}: {self.share:.1%} of the backbone's numbers, {len(self.taken)} "
+            "tensors taken"
         )
         if self.converted:
             text += f", {len(self.converted)} converted"
         if self.left:
             text += (
-                f"; {len(self.left)} left at initialisation:"
-                f" {_first(f'{name} ({reason})' for name, reason in self.left.items())}"
+                f"; {len(self.left)} left at initialisation: "
+                f"{_first(f'{name} ({reason})' for name, reason in self.left.items())}"
             )
         if self.unused:
             text += f"; {len(self.unused)} of the file's not used: {_first(self.unused)}"
@@ -67,7 +67,7 @@ class LoadReport(NamedTuple):
 
 
 class FoundBackbone(NamedTuple):
-    """A backbone's tensors by its own names, what was cut or reshaped, the file's other tensors, and remarks."""
+    """A backbone's tensors by its own names, what was converted, the file's other tensors, and remarks."""
 
     form: str
     tensors: dict[str, Tensor]
@@ -90,15 +90,15 @@ def find_backbone(checkpoint: Any, source: str, form: str = "auto") -> FoundBack
     Args:
         checkpoint: as ``read_checkpoint`` gives it.
         source: what messages call it.
-        form: one of ``SOURCES``; ``"auto"`` tries each.
+        form: one of ``FORM_NAMES``; ``"auto"`` tries each.
 
     Raises:
         UsageError: there is none.
         ValueError: an unknown form.
     """
-    if form not in SOURCES:
+    if form not in FORM_NAMES:
         raise ValueError(
-            f"the form {form!r} of a checkpoint does not exist: use one of {', '.join(SOURCES)}."
+            f"the form {form!r} of a checkpoint does not exist: use one of {', '.join(FORM_NAMES)}."
         )
     tensors = tensors_of(checkpoint)
     candidates = list(_KNOWN.values()) if form == "auto" else [_KNOWN[form]]
@@ -127,7 +127,7 @@ def find_backbone(checkpoint: Any, source: str, form: str = "auto") -> FoundBack
 def compare(
     wanted: Mapping[str, Tensor], found: FoundBackbone, source: str
 ) -> tuple[LoadReport, dict[str, Tensor]]:
-    """What a backbone with the state dict ``wanted`` would take from a checkpoint: the report, and the tensors."""
+    """What a backbone with the state dict ``wanted`` would take: the report, and the tensors."""
     left = {name: _why_missing(name, found) for name in wanted if name not in found.tensors}
     left.update(
         {
@@ -157,7 +157,7 @@ def load_pretrained(
         backbone: a ``LaplacianFormer``.
         source: a path, an address, or one of mmengine's prefixes; ``.pth`` or ``.safetensors``.
         strict: refuse a file that covers less than nine tenths of the backbone's numbers.
-        form: what is in the file, one of ``SOURCES``: ``"laplacianformer"``, ``"pvtv2"`` (whai362/PVT),
+        form: what is in the file, one of ``FORM_NAMES``: ``"laplacianformer"``, ``"pvtv2"`` (whai362/PVT),
             ``"timm"``, ``"mmdet"``; ``"auto"`` tells by the keys.
 
     Returns:
@@ -172,16 +172,16 @@ def load_pretrained(
     report, loaded = compare(backbone.state_dict(), found, source)
     if report.share == 0 or (strict and report.share < MIN_SHARE):
         raise UsageError(
-            f"only {report.share:.1%} of the backbone is in {source} ({found.form}), and {MIN_SHARE:.0%} is"
-            " the least that is loaded:"
-            f" {_first(f'{name} ({reason})' for name, reason in report.left.items())}; use the arch that it"
-            " was trained with, or strict=False for a part."
+            f"only {report.share:.1%} of the backbone is in {source} ({found.form}), and {MIN_SHARE:.0%} is "
+            "the least that is loaded: "
+            f"{_first(f'{name} ({reason})' for name, reason in report.left.items())}; use the arch that it "
+            "was trained with, or strict=False for a part."
         )
     broken = [name for name, value in loaded.items() if not value.isfinite().all()]
     if broken:
         raise UsageError(
-            f"the checkpoint {source} has NaN or infinite weights: {_first(broken)}; use an earlier one of"
-            " that run."
+            f"the checkpoint {source} has NaN or infinite weights: {_first(broken)}; use an earlier one of "
+            "that run."
         )
     backbone.load_state_dict(loaded, strict=False)
     print_log(f"{report}.", logger="current", level=logging.WARNING if report.left else logging.INFO)
@@ -200,18 +200,21 @@ def _why_missing(name: str, found: FoundBackbone) -> str:
 
 @WEIGHT_INITIALIZERS.register_module()
 class LaplacianPretrained:
-    """``init_cfg=dict(type="LaplacianPretrained", checkpoint=...)``: ``load_pretrained`` as mmengine's initialisation.
+    """``load_pretrained`` as mmengine's initialisation: ``init_cfg=dict(type="LaplacianPretrained", ...)``.
 
     Args:
         checkpoint: as ``load_pretrained``'s ``source``.
-        source: as ``load_pretrained``'s ``form``.
+        form: as ``load_pretrained``'s.
         strict: as ``load_pretrained``'s.
+        source: the name that ``form`` had at first.
     """
 
-    def __init__(self, checkpoint: str, source: str = "auto", strict: bool = True) -> None:
+    def __init__(
+        self, checkpoint: str, form: str = "auto", strict: bool = True, source: str | None = None
+    ) -> None:
         self.checkpoint = checkpoint
-        self.source = source
+        self.form = form if source is None else source
         self.strict = strict
 
     def __call__(self, module: nn.Module) -> None:
-        load_pretrained(module, self.checkpoint, self.strict, self.source)
+        load_pretrained(module, self.checkpoint, self.strict, self.form)

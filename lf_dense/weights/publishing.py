@@ -1,4 +1,4 @@
-"""Checkpoints for others: weights and what they are, nothing else, in a file whose name vouches for its bytes."""
+"""Checkpoints for others: weights and metadata alone, with the hash of the file in its name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..files import write_atomically
 from ..frameworks import FRAMEWORKS
 from ..presets import ARCHS
 from .pretrained import FoundBackbone, find_backbone
-from .reading import HASHED_NAME, read_checkpoint, tensors_of
+from .reading import HASHED_NAME, meta_of, read_checkpoint, tensors_of
 
 FORMATS = ("pth", "safetensors")
 _KEPT_META = ("cfg", "dataset_meta", "epoch", "iter", "seed", "experiment_name", "mmengine_version")
@@ -35,7 +35,9 @@ _PACKAGES = (
 
 
 def arch_of(tensors: Mapping[str, Tensor]) -> str | dict[str, tuple[int, ...]]:
-    """The preset, or else the dict, of a backbone's tensors, read off their shapes; heads are known for presets alone.
+    """The preset of a backbone's tensors, read off their shapes, or a dict where they are no preset's.
+
+    Shapes do not tell the number of heads, so the dict lacks it.
 
     Raises:
         UsageError: a stage is missing.
@@ -82,11 +84,11 @@ def _versions() -> dict[str, str]:
 
 
 def describe(checkpoint: Mapping[str, Any], found: FoundBackbone, **stated: Any) -> dict[str, Any]:
-    """Metadata of a checkpoint: arch, recipe, dataset, metrics and versions, what the file itself says and then what is stated.
+    """Metadata of a checkpoint: what the file says, and in its place what is stated.
 
     ``published_with`` are the versions of this environment, not of the one that trained.
     """
-    meta = checkpoint.get("meta") if isinstance(checkpoint.get("meta"), dict) else {}
+    meta = meta_of(checkpoint)
     described = {
         "arch": arch_of(found.tensors),
         **{key: meta[key] for key in _KEPT_META if meta.get(key) is not None},
@@ -139,8 +141,8 @@ def write_checkpoint(
     path = Path(path)
     if path.suffix[1:] not in FORMATS:
         raise UsageError(
-            f"{path} ends in neither {' nor '.join(f'.{ending}' for ending in FORMATS)}: the ending decides"
-            " the format."
+            f"{path} ends in neither {' nor '.join(f'.{ending}' for ending in FORMATS)}: the ending decides "
+            "the format."
         )
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     content = (_encode_safetensors if path.suffix == ".safetensors" else _encode_pth)(tensors, meta)
@@ -154,7 +156,7 @@ def write_checkpoint(
 def publish(
     source: str | Path, out: str | Path, backbone_only: bool = False, **stated: Any
 ) -> tuple[Path, dict[str, Any]]:
-    """Write a training checkpoint's weights and metadata without its optimizer, schedulers, logs and second set of weights.
+    """Write a training checkpoint's weights and metadata alone.
 
     Where an exponential moving average was kept, mmengine's ``state_dict`` is the averaged one already, and
     that is what is published.

@@ -1,4 +1,4 @@
-"""PVTv2's weights under LaplacianFormer's names; the two pyramids share everything but the attention's middle.
+"""PVTv2's weights under LaplacianFormer's names: the pyramids differ in the middle of the attention alone.
 
 Three public forms are known by their keys: the authors' (whai362/PVT), timm's and mmdetection's. Needs torch
 alone.
@@ -117,7 +117,7 @@ def convert_pvtv2(state_dict: Mapping[str, Tensor], form: Form) -> Converted:
     notes = []
     if any(re.search(r"stages\.3\.|block4\.", key) and ".attn.sr." in key for key in unused):
         notes.append(
-            "a linear PVTv2 (b2_li) has a ReLU between fc1 and the depthwise convolution, and this backbone"
-            " has none"
+            "a linear PVTv2 (b2_li) has a ReLU between fc1 and the depthwise convolution, and this backbone "
+            "has none"
         )
     return Converted(tensors, changed, tuple(unused), tuple(notes))

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -51,7 +51,7 @@ _trusted: set[str] = set()
 
 
 def _history_method(owner: Any, name: str) -> Any:
-    """Stands for ``getattr`` in a file: mmengine's logs name methods of their own class, and nothing else may."""
+    """Stands for ``getattr`` in a file: mmengine's logs name methods of their own class."""
     if owner is not HistoryBuffer:
         raise ValueError(f"it asks for the attribute {name!r} of {owner!r}")
     return getattr(owner, name)
@@ -66,7 +66,7 @@ def _plain_dtype(kind: Any, *options: Any) -> np.dtype:
 
 
 def _safe_classes(take_names: bool) -> list[Any]:
-    """What mmengine keeps beside tensors and plain values: logs of numbers, configs, numpy's scalars and arrays.
+    """What mmengine keeps beside tensors and plain values: logs, configs, numpy's scalars and arrays.
 
     None of these can run code, whatever a file has them built from.
 
@@ -102,7 +102,7 @@ def is_remote(checkpoint: str) -> bool:
 
 
 def trust_checkpoint(source: str | Path) -> None:
-    """Let ``read_checkpoint`` run the code in one file, for the rest of this process: ``--trust-checkpoint``."""
+    """Let ``read_checkpoint`` run the code in one file, in this process: ``--trust-checkpoint``."""
     _trusted.add(str(source))
 
 
@@ -139,8 +139,8 @@ def _refusal(source: str | Path, error: Exception) -> UsageError:
             "with weights alone, or give --trust-checkpoint if you trust whoever made it."
         )
     return UsageError(
-        f"the checkpoint {source} cannot be read as weights alone ({type(error).__name__}: {reason[:300]}):"
-        " use another."
+        f"the checkpoint {source} cannot be read as weights alone ({type(error).__name__}: {reason[:300]}): "
+        "use another."
     )
 
 
@@ -161,8 +161,8 @@ def _check_archive(path: Path) -> None:
         declared = sum(entry.file_size for entry in archive.infolist())
         if declared > size:
             raise UsageError(
-                f"the checkpoint {path} has {size} bytes and would unpack to {declared}: PyTorch does not"
-                " compress, so it did not write this file; use another."
+                f"the checkpoint {path} has {size} bytes and would unpack to {declared}: PyTorch does not "
+                "compress, so it did not write this file; use another."
             )
         damaged = archive.testzip()
     if damaged is not None:
@@ -309,8 +309,8 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
         raise _refusal(source, error) from error
     if not isinstance(content, dict):
         raise UsageError(
-            f"the checkpoint {source} holds a {type(content).__name__}, and a dictionary of weights is"
-            " expected."
+            f"the checkpoint {source} holds a {type(content).__name__}, and a dictionary of weights is "
+            "expected."
         )
     return content
 
@@ -325,11 +325,17 @@ def tensors_of(checkpoint: Any) -> dict[str, Tensor]:
     return {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
 
 
+def meta_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata that mmengine keeps in a checkpoint; empty where there is none."""
+    meta = checkpoint.get("meta")
+    return meta if isinstance(meta, dict) else {}
+
+
 def _load_from_safe_reader(filename: str, map_location: Any = None, **unused: Any) -> dict[str, Any]:
     """``read_checkpoint`` as a loader of mmengine's; its caller moves tensors to their devices."""
     checkpoint = read_checkpoint(filename)
-    meta = checkpoint.get("meta")
-    if isinstance(meta, dict) and "config" in meta:
+    meta = meta_of(checkpoint)
+    if "config" in meta:
         # mmengine's resume runs this text as a Python config, to warn of another number of GPUs. Its own
         # files have none.
         del meta["config"]

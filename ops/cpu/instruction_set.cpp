@@ -40,7 +40,8 @@ const InstructionSet& choose() {
     names += names.empty() ? set->name : std::string(", ") + set->name;
   }
   throw std::runtime_error("the environment variable LF_DENSE_INSTRUCTION_SET is '" + std::string(wanted) +
-                           "', which this processor does not run or this build does not have: use one of " + names + ".");
+                           "', which this processor does not run or this build does not have: use one of " +
+                           names + ".");
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Normalization "mass": a stream over keys and values, the solver, a stream over queries; backward the two streams again.
-// Kernel columns are recomputed in the backward pass, not stored: docs/operators.md has the measurement.
+// Normalization "mass": a stream over keys and values, the solver, a stream over queries; backward the two
+// streams again. Kernel columns are recomputed in the backward pass, not stored: docs/operators.md has the
+// measurement.
 #include <algorithm>
 
 #include "newton_schulz_inverse.h"
@@ -18,7 +19,12 @@ struct Shape {
   int64_t heads, rows, m, channels, cols, padded_m, tiled_m;
 
   Shape(const View& q, const View& landmarks)
-      : heads(q.heads()), rows(q.rows()), m(landmarks.rows()), channels(q.channels()), cols(padded(channels)), padded_m(padded(m)),
+      : heads(q.heads()),
+        rows(q.rows()),
+        m(landmarks.rows()),
+        channels(q.channels()),
+        cols(padded(channels)),
+        padded_m(padded(m)),
         tiled_m((m + kTile - 1) / kTile * kTile) {}
 };
 
@@ -29,21 +35,26 @@ struct Landmarks {
   Scratch<T> rows_, columns_;
 
   Landmarks(const View& landmarks, const Shape& shape)
-      : shape(shape), rows_(shape.heads * shape.tiled_m * shape.cols), columns_(shape.heads * shape.tiled_m * shape.cols) {
+      : shape(shape),
+        rows_(shape.heads * shape.tiled_m * shape.cols),
+        columns_(shape.heads * shape.tiled_m * shape.cols) {
     kernels<T>();
     parallel(shape.heads, [&](int64_t head) {
       T* packed = rows_ + head * shape.tiled_m * shape.cols;
       pack_rows<T>(landmarks, head, 0, shape.m, shape.tiled_m, packed);
-      kernels<T>().transpose(packed, shape.cols, shape.tiled_m, shape.cols, columns_ + head * shape.tiled_m * shape.cols, shape.tiled_m);
+      kernels<T>().transpose(packed, shape.cols, shape.tiled_m, shape.cols,
+                             columns_ + head * shape.tiled_m * shape.cols, shape.tiled_m);
     });
   }
   const T* rows(int64_t head) const { return rows_ + head * shape.tiled_m * shape.cols; }
   // (cols, tiled_m)
   const T* columns(int64_t head) const { return columns_ + head * shape.tiled_m * shape.cols; }
 
-  // The kernel between a transposed tile of `count` points and the landmarks, (m, kTile), zero beyond `count`.
+  // The kernel between a transposed tile of `count` points and the landmarks, (m, kTile), zero beyond
+  // `count`.
   void tile(int64_t head, const T* transposed, int64_t count, T scale, const Ahead& ahead, T* out) const {
-    kernels<T>().kernel_tile(transposed, columns(head), shape.tiled_m, shape.channels, shape.m, scale, ahead, out);
+    kernels<T>().kernel_tile(transposed, columns(head), shape.tiled_m, shape.channels, shape.m, scale, ahead,
+                             out);
     if (count == kTile) return;
     for (int64_t j = 0; j < shape.m; ++j) std::fill(out + j * kTile + count, out + (j + 1) * kTile, T{0});
   }
@@ -55,9 +66,11 @@ struct Landmarks {
     for (int64_t first = 0; first < shape.m; first += kTile) {
       const int64_t count = std::min(kTile, shape.m - first);
       Scratch<T> transposed(kTile * shape.cols);
-      kernels<T>().transpose(rows(head) + first * shape.cols, shape.cols, kTile, shape.cols, transposed, kTile);
+      kernels<T>().transpose(rows(head) + first * shape.cols, shape.cols, kTile, shape.cols, transposed,
+                             kTile);
       tile(head, transposed, count, scale, {}, columns);
-      for (int64_t j = 0; j < shape.m; ++j) std::copy_n(columns + j * kTile, count, out + j * shape.padded_m + first);
+      for (int64_t j = 0; j < shape.m; ++j)
+        std::copy_n(columns + j * kTile, count, out + j * shape.padded_m + first);
     }
   }
 };
@@ -66,12 +79,13 @@ struct Landmarks {
 template <typename T>
 struct Pooled {
   Scratch<T> values, mass;
-  explicit Pooled(const Shape& shape) : values(shape.heads * shape.m * shape.cols), mass(shape.heads * shape.m) {}
+  explicit Pooled(const Shape& shape)
+      : values(shape.heads * shape.m * shape.cols), mass(shape.heads * shape.m) {}
 
   // inverse (m, padded_m), sums (m, cols), column_mass (m).
   void set(const Shape& shape, int64_t head, const T* inverse, const T* sums, const T* column_mass) {
-    kernels<T>().product(values + head * shape.m * shape.cols, shape.cols, inverse, shape.padded_m, 1, sums, shape.cols, shape.m, shape.m,
-                         shape.cols, false);
+    kernels<T>().product(values + head * shape.m * shape.cols, shape.cols, inverse, shape.padded_m, 1, sums,
+                         shape.cols, shape.m, shape.m, shape.cols, false);
     for (int64_t i = 0; i < shape.m; ++i) {
       T sum = 0;
       for (int64_t j = 0; j < shape.m; ++j) sum += inverse[i * shape.padded_m + j] * column_mass[j];
@@ -114,12 +128,15 @@ struct Saved {
   T *inverse, *sums, *mass, *mean_value;
 
   Saved(const Tensor& inverse, const Tensor& sums, const Tensor& mass, const Tensor& mean_value)
-      : inverse(data<T>(inverse)), sums(data<T>(sums)), mass(data<T>(mass)), mean_value(data<T>(mean_value)) {}
+      : inverse(data<T>(inverse)),
+        sums(data<T>(sums)),
+        mass(data<T>(mass)),
+        mean_value(data<T>(mean_value)) {}
 };
 
 template <typename T>
-void forward(const View& q, const View& k, const View& v, const View& landmark_view, Constants<T> constants, int64_t iters, double eps,
-             const View& out, Saved<T> saved) {
+void forward(const View& q, const View& k, const View& v, const View& landmark_view, Constants<T> constants,
+             int64_t iters, double eps, const View& out, Saved<T> saved) {
   const Kernels<T>& ops = kernels<T>();
   const Shape shape(q, landmark_view);
   const auto [heads, rows, m, channels, cols, padded_m, tiled_m] = shape;
@@ -199,7 +216,8 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
       const T chunk_mass = chunk_sums[m * cols + j];
       const T* chunk_mean = chunk_sums + m * cols + padded_m;
       mass += chunk_mass;
-      for (int64_t c = 0; c < cols; ++c) sum[c] += chunk_sums[j * cols + c] + chunk_mass * (chunk_mean[c] - mean[c]);
+      for (int64_t c = 0; c < cols; ++c)
+        sum[c] += chunk_sums[j * cols + c] + chunk_mass * (chunk_mean[c] - mean[c]);
     }
     saved.mass[row] = static_cast<T>(mass / rows);
     for (int64_t c = 0; c < cols; ++c) sums[row * cols + c] = static_cast<T>(sum[c] / rows);
@@ -212,7 +230,8 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
   });
 
   share_out(heads * chunks.count, [&](const auto& take) {
-    Scratch<T> tile(kTile * cols), transposed(kTile * cols), kernel(m * kTile), mass(kTile), reciprocal(kTile);
+    Scratch<T> tile(kTile * cols), transposed(kTile * cols), kernel(m * kTile), mass(kTile),
+        reciprocal(kTile);
     for (int64_t item = take(); item >= 0; item = take()) {
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
       const T* values = pooled.values + head * m * cols;
@@ -237,8 +256,9 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
 }
 
 template <typename T>
-void backward(const View& grad, const View& q, const View& k, const View& v, const View& landmark_view, Saved<T> saved,
-              Constants<T> constants, const View& dq, const View& dk, const View& dv, const View& dlandmarks) {
+void backward(const View& grad, const View& q, const View& k, const View& v, const View& landmark_view,
+              Saved<T> saved, Constants<T> constants, const View& dq, const View& dk, const View& dv,
+              const View& dlandmarks) {
   const Kernels<T>& ops = kernels<T>();
   const Shape shape(q, landmark_view);
   const auto [heads, rows, m, channels, cols, padded_m, tiled_m] = shape;
@@ -260,7 +280,8 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
   Scratch<T> partials(heads * chunks.count * partial_size);
   share_out(heads * chunks.count, [&](const auto& take) {
     Scratch<T> tile(kTile * cols), transposed(kTile * cols), grads(kTile * cols), dtile(kTile * cols);
-    Scratch<T> kernel(m * kTile), dkernel(m * kTile), mass(kTile), reciprocal(kTile), dmass(kTile), lane_dmass(m * kTile);
+    Scratch<T> kernel(m * kTile), dkernel(m * kTile), mass(kTile), reciprocal(kTile), dmass(kTile),
+        lane_dmass(m * kTile);
     for (int64_t item = take(); item >= 0; item = take()) {
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
       T* dvalues = partials + item * partial_size;
@@ -288,7 +309,8 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
         for (int64_t j = 0; j < m; ++j) {
           for (int64_t i = 0; i < kTile; ++i) dmass[i] += kernel[j * kTile + i] * dkernel[j * kTile + i];
         }
-        for (int64_t i = 0; i < kTile; ++i) dmass[i] = mass[i] < 0 ? T{0} : -reciprocal[i] * reciprocal[i] * dmass[i];
+        for (int64_t i = 0; i < kTile; ++i)
+          dmass[i] = mass[i] < 0 ? T{0} : -reciprocal[i] * reciprocal[i] * dmass[i];
         for (int64_t j = 0; j < m; ++j) {
           for (int64_t i = 0; i < kTile; ++i) {
             T& entry = kernel[j * kTile + i];
@@ -299,7 +321,8 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
           }
         }
         ops.product(dvalues, cols, kernel, kTile, 1, grads, cols, m, count, cols, true);
-        ops.sign_tile(tile, landmarks.rows(head), dkernel, count, m, cols, dtile.zeroed(kTile * cols), dlandmark);
+        ops.sign_tile(tile, landmarks.rows(head), dkernel, count, m, cols, dtile.zeroed(kTile * cols),
+                      dlandmark);
         unpack_rows<T>(dtile, dq, head, first, count);
       }
       sum_lanes<T>(lane_dmass, m, dcolumn_mass);
@@ -313,7 +336,8 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
     const Kernels<double>& wide = kernels<double>();
     Scratch<double> total(partial_size), inverse_t(m * padded_m), product(m * padded_m), dgram(m * padded_m);
     Scratch<double> sums_t(cols * padded_m), result(m * cols);
-    add_partials<T>(partials + head * chunks.count * partial_size, chunks.count, partial_size, partial_size, total);
+    add_partials<T>(partials + head * chunks.count * partial_size, chunks.count, partial_size, partial_size,
+                    total);
     const double* dvalues = total;
     const double* dlandmark = dvalues + m * cols;
     const double* dcolumn_mass = dlandmark + m * cols;
@@ -350,12 +374,15 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
       const int64_t count = std::min(kTile, m - first);
       for (int64_t j = 0; j < m; ++j) {
         for (int64_t i = 0; i < count; ++i) {
-          weights[j * kTile + i] = static_cast<T>(-dgram[(first + i) * padded_m + j] * gram[(first + i) * padded_m + j] / constants.scale);
+          weights[j * kTile + i] = static_cast<T>(-dgram[(first + i) * padded_m + j] *
+                                                  gram[(first + i) * padded_m + j] / constants.scale);
         }
       }
-      ops.sign_tile(landmarks.rows(head) + first * cols, landmarks.rows(head), weights, count, m, cols, as_rows + first * cols, as_columns);
+      ops.sign_tile(landmarks.rows(head) + first * cols, landmarks.rows(head), weights, count, m, cols,
+                    as_rows + first * cols, as_columns);
     }
-    for (int64_t i = 0; i < m * cols; ++i) dlandmark_sums[head * m * cols + i] = dlandmark[i] + as_rows[i] + as_columns[i];
+    for (int64_t i = 0; i < m * cols; ++i)
+      dlandmark_sums[head * m * cols + i] = dlandmark[i] + as_rows[i] + as_columns[i];
   });
 
   // Keys and values.
@@ -388,7 +415,8 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
             T& entry = kernel[j * kTile + i];
             T& dentry = dkernel[j * kTile + i];
             dentry = entry * (dentry + own) / (n * constants.scale);
-            // The mean of dV leaves before the product, not after: on close tokens the difference would cancel to nothing.
+            // The mean of dV leaves before the product, not after: on close tokens the difference would
+            // cancel to nothing.
             entry = (entry - column_mass) / n;
           }
         }
@@ -397,7 +425,8 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
           for (int64_t c = 0; c < cols; ++c) values[i * cols + c] += dmean[head * cols + c];
         }
         unpack_rows<T>(values, dv, head, first, count);
-        ops.sign_tile(tile, landmarks.rows(head), dkernel, count, m, cols, dtile.zeroed(kTile * cols), dlandmark);
+        ops.sign_tile(tile, landmarks.rows(head), dkernel, count, m, cols, dtile.zeroed(kTile * cols),
+                      dlandmark);
         unpack_rows<T>(dtile, dk, head, first, count);
       }
     }
@@ -412,28 +441,33 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> laplacian_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                                       const Tensor& landmarks, double scale, int64_t iters, double eps,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> laplacian_attention(const Tensor& q, const Tensor& k,
+                                                                       const Tensor& v,
+                                                                       const Tensor& landmarks, double scale,
+                                                                       int64_t iters, double eps,
                                                                        double tau) {
   check_attention(q, k, v, landmarks);
   const AttentionResults results(q, landmarks);
   with_compute_type(q, [&]<typename T>(T) {
-    forward<T>(view(q), view(k), view(v), view(landmarks), {static_cast<T>(scale), static_cast<T>(tau)}, iters, eps, view(results.out),
+    forward<T>(view(q), view(k), view(v), view(landmarks), {static_cast<T>(scale), static_cast<T>(tau)},
+               iters, eps, view(results.out),
                Saved<T>(results.inverse, results.sums, results.mass, results.mean_value));
   });
   return results.tuple();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
-                                                                        const Tensor& v, const Tensor& landmarks, const Tensor& inverse,
-                                                                        const Tensor& sums, const Tensor& mass, const Tensor& mean_value,
-                                                                        double scale, double tau) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks,
+    const Tensor& inverse, const Tensor& sums, const Tensor& mass, const Tensor& mean_value, double scale,
+    double tau) {
   check_attention(q, k, v, landmarks);
   check_same(grad, q, 0, 4, "the gradient and q");
-  Tensor dq = empty_tokens(q), dk = empty_tokens(k), dv = empty_tokens(v), dlandmarks = empty_tokens(landmarks);
+  Tensor dq = empty_tokens(q), dk = empty_tokens(k), dv = empty_tokens(v),
+         dlandmarks = empty_tokens(landmarks);
   with_compute_type(q, [&]<typename T>(T) {
-    backward<T>(view(grad), view(q), view(k), view(v), view(landmarks), Saved<T>(inverse, sums, mass, mean_value),
-                {static_cast<T>(scale), static_cast<T>(tau)}, view(dq), view(dk), view(dv), view(dlandmarks));
+    backward<T>(view(grad), view(q), view(k), view(v), view(landmarks),
+                Saved<T>(inverse, sums, mass, mean_value), {static_cast<T>(scale), static_cast<T>(tau)},
+                view(dq), view(dk), view(dv), view(dlandmarks));
   });
   return {dq, dk, dv, dlandmarks};
 }

@@ -12,7 +12,8 @@ constexpr int64_t kBlock = 256;
 template <typename T>
 void pack_transposed(const View& y, int64_t head, T* rows, T* transposed) {
   pack_rows(y, head, 0, y.rows(), padded(y.rows()), rows);
-  kernels<T>().transpose(rows, padded(y.channels()), padded(y.rows()), padded(y.channels()), transposed, padded(y.rows()));
+  kernels<T>().transpose(rows, padded(y.channels()), padded(y.rows()), padded(y.channels()), transposed,
+                         padded(y.rows()));
 }
 
 template <typename T>
@@ -38,7 +39,8 @@ void forward(const View& x, const View& y, T scale, const View& out) {
           Ahead ahead;
           ahead.add(rows_ahead(x, head, first + kTile, kTile));
           ahead.add({to, out.stride[2] * item_bytes, block * item_bytes, count});
-          k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale, ahead, columns);
+          k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale,
+                        ahead, columns);
           if (holds<T>(out.dtype)) {
             k.transpose(columns, kTile, block, count, reinterpret_cast<T*>(to), out.stride[2]);
           } else {
@@ -54,7 +56,8 @@ void forward(const View& x, const View& y, T scale, const View& out) {
 template <typename T>
 void backward(const View& grad, const View& x, const View& y, T scale, const View& dx, const View& dy) {
   const Kernels<T>& k = kernels<T>();
-  const int64_t channels = x.channels(), cols = padded(channels), m = y.rows(), padded_m = padded(m), heads = x.heads();
+  const int64_t channels = x.channels(), cols = padded(channels), m = y.rows(), padded_m = padded(m),
+                heads = x.heads();
   const Chunks chunks(x.rows());
   Scratch<T> there(heads * padded_m * cols), transposed(heads * padded_m * cols);
   parallel(heads, [&](int64_t head) {
@@ -79,11 +82,13 @@ void backward(const View& grad, const View& x, const View& y, T scale, const Vie
           Ahead ahead;
           ahead.add(rows_ahead(x, head, first + kTile, kTile));
           ahead.add({from, row_bytes, grad.stride[3] == 1 ? block * item_bytes : 0, count});
-          k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale, ahead, columns);
+          k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale,
+                        ahead, columns);
           k.pack(from, grad.dtype, grad.stride[2], grad.stride[3], count, kTile, block, padded_block, grads);
           k.transpose(grads, padded_block, kTile, padded_block, weights, kTile);
           for (int64_t i = 0; i < block * kTile; ++i) weights[i] *= columns[i] / scale;
-          k.sign_tile(rows, there + (head * padded_m + j) * cols, weights, count, block, cols, drows, partial + j * cols);
+          k.sign_tile(rows, there + (head * padded_m + j) * cols, weights, count, block, cols, drows,
+                      partial + j * cols);
         }
         unpack_rows<T>(drows, dx, head, first, count);
       }
@@ -105,10 +110,12 @@ Tensor laplacian_kernel(const Tensor& x, const Tensor& y, double scale) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> laplacian_kernel_backward(const Tensor& grad, const Tensor& x, const Tensor& y, double scale) {
+std::tuple<Tensor, Tensor> laplacian_kernel_backward(const Tensor& grad, const Tensor& x, const Tensor& y,
+                                                     double scale) {
   check_kernel_gradient(grad, x, y);
   Tensor dx = empty_tokens(x), dy = empty_tokens(y);
-  with_compute_type(x, [&]<typename T>(T) { backward<T>(view(grad), view(x), view(y), scale, view(dx), view(dy)); });
+  with_compute_type(
+      x, [&]<typename T>(T) { backward<T>(view(grad), view(x), view(y), scale, view(dx), view(dy)); });
   return {dx, dy};
 }
 

@@ -13,7 +13,8 @@ constexpr int64_t kRowBlock = 24;
 // out = a b, rows padded(m) apart.
 template <typename T>
 void multiply(T* out, const T* a, const T* b, int64_t m, bool shared) {
-  const int64_t cols = padded(m), blocks = shared ? (m + kRowBlock - 1) / kRowBlock : 1, length = shared ? kRowBlock : m;
+  const int64_t cols = padded(m), blocks = shared ? (m + kRowBlock - 1) / kRowBlock : 1,
+                length = shared ? kRowBlock : m;
   const auto block = [&](int64_t index) {
     const int64_t first = index * length, rows = std::min(length, m - first);
     kernels<T>().product(out + first * cols, cols, a + first * cols, cols, 1, b, cols, rows, m, cols, false);
@@ -69,7 +70,8 @@ Tensor newton_schulz_inverse(const Tensor& w, int64_t iters, double eps) {
   check_matrices(w);
   Tensor packed = torch::stable::contiguous(w), out = torch::stable::empty_like(packed);
   const int64_t m = w.size(-1), matrices = m ? w.numel() / (m * m) : 0;
-  with_compute_type(w, [&]<typename T>(T) { inverses<T>(data<T>(packed), matrices, m, iters, eps, data<T>(out)); });
+  with_compute_type(
+      w, [&]<typename T>(T) { inverses<T>(data<T>(packed), matrices, m, iters, eps, data<T>(out)); });
   return out;
 }
 
@@ -79,7 +81,8 @@ bool invert_shared(int64_t matrices, int64_t m) {
   return m >= 128 && matrices < static_cast<int64_t>(torch::stable::get_num_threads());
 }
 
-// The paper's iteration with the project's start and scaling, see lf_dense.reference: the factor of step k is 1 + 1 / cosh(2^k a).
+// The paper's iteration with the project's start and scaling, see lf_dense.reference: the factor of step k is
+// 1 + 1 / cosh(2^k a).
 template <typename T>
 void invert(const T* w, int64_t m, int64_t iters, double eps, bool shared, T* inverse) {
   const int64_t cols = padded(m), size = m * cols;
@@ -94,7 +97,8 @@ void invert(const T* w, int64_t m, int64_t iters, double eps, bool shared, T* in
     multiply<T>(residual, ridged, inverse, m, shared);
     reflect<T>(residual, m);
     multiply<T>(next, inverse, residual, m, shared);
-    const T factor = static_cast<T>(1 + 1 / std::cosh(std::ldexp(angle, static_cast<int>(std::min<int64_t>(step, 1000)))));
+    const T factor =
+        static_cast<T>(1 + 1 / std::cosh(std::ldexp(angle, static_cast<int>(std::min<int64_t>(step, 1000)))));
     for (int64_t i = 0; i < size; ++i) inverse[i] = factor * next[i];
   }
   // One plain step in float64 takes off the rounding that the iteration gathered.
@@ -112,6 +116,4 @@ template void invert<double>(const double*, int64_t, int64_t, double, bool, doub
 
 }  // namespace lf
 
-LF_IMPLEMENT(CPU, m) {
-  m.impl("newton_schulz_inverse", TORCH_BOX(&lf::newton_schulz_inverse));
-}
+LF_IMPLEMENT(CPU, m) { m.impl("newton_schulz_inverse", TORCH_BOX(&lf::newton_schulz_inverse)); }

@@ -16,7 +16,8 @@ namespace lf {
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)), std::free) {
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)), std::free) {
     if (!data_) throw std::bad_alloc();
   }
   T* get() const { return data_.get(); }
@@ -30,8 +31,8 @@ class Scratch {
   std::unique_ptr<T, decltype(&std::free)> data_;
 };
 
-// Runs `worker(take)` on each thread; take() hands out 0 .. count - 1, each once and in order, and then -1. Threads that are slower,
-// or busy elsewhere, take fewer.
+// Runs `worker(take)` on each thread; take() hands out 0 .. count - 1, each once and in order, and then -1.
+// Threads that are slower, or busy elsewhere, take fewer.
 template <typename Worker>
 void share_out(int64_t count, const Worker& worker) {
   std::atomic<int64_t> next{0};
@@ -50,9 +51,9 @@ void parallel(int64_t count, const Run& run) {
   });
 }
 
-// Tokens are cut into chunks by their number alone, and partial sums are added in the chunks' order: the same bits whatever the
-// number of threads. At most 256 chunks a head while a chunk is at most 1024 tokens, so that many cores have work and few partial
-// sums are held.
+// Tokens are cut into chunks by their number alone, and partial sums are added in the chunks' order: the same
+// bits whatever the number of threads. At most 256 chunks a head while a chunk is at most 1024 tokens, so
+// that many cores have work and few partial sums are held.
 struct Chunks {
   int64_t rows, length, count;
 
@@ -77,13 +78,14 @@ void add_partials(const T* partials, int64_t count, int64_t stride, int64_t size
 // Rows of a head of a tensor into packed rows.
 template <typename T>
 void pack_rows(const View& from, int64_t head, int64_t first, int64_t rows, int64_t padded_rows, T* to) {
-  kernels<T>().pack(from.row(head, first), from.dtype, from.stride[2], from.stride[3], rows, padded_rows, from.channels(),
-                    padded(from.channels()), to);
+  kernels<T>().pack(from.row(head, first), from.dtype, from.stride[2], from.stride[3], rows, padded_rows,
+                    from.channels(), padded(from.channels()), to);
 }
 
 // Up to `count` rows of a head, to prefetch; rows of scattered channels are left alone.
 inline Region rows_ahead(const View& view, int64_t head, int64_t first, int64_t count) {
-  const int64_t item = item_size(view.dtype), rows = view.stride[3] == 1 ? std::min(count, view.rows() - first) : 0;
+  const int64_t item = item_size(view.dtype),
+                rows = view.stride[3] == 1 ? std::min(count, view.rows() - first) : 0;
   return {view.row(head, first), view.stride[2] * item, view.channels() * item, rows};
 }
 
@@ -106,7 +108,8 @@ template <typename T>
 void transpose_tile(const View& from, int64_t head, int64_t first, int64_t count, T* rows, T* transposed) {
   const int64_t cols = padded(from.channels());
   if (count == kTile && holds<T>(from.dtype) && from.stride[3] == 1 && cols == from.channels()) {
-    kernels<T>().transpose(reinterpret_cast<const T*>(from.row(head, first)), from.stride[2], kTile, cols, transposed, kTile);
+    kernels<T>().transpose(reinterpret_cast<const T*>(from.row(head, first)), from.stride[2], kTile, cols,
+                           transposed, kTile);
   } else {
     pack_tile<T>(from, head, first, count, rows, transposed);
   }
@@ -114,7 +117,8 @@ void transpose_tile(const View& from, int64_t head, int64_t first, int64_t count
 
 template <typename T>
 void unpack_rows(const T* from, const View& to, int64_t head, int64_t first, int64_t rows) {
-  kernels<T>().unpack(from, rows, to.channels(), padded(to.channels()), to.row(head, first), to.dtype, to.stride[2], to.stride[3]);
+  kernels<T>().unpack(from, rows, to.channels(), padded(to.channels()), to.row(head, first), to.dtype,
+                      to.stride[2], to.stride[3]);
 }
 
 }  // namespace lf

@@ -1,5 +1,6 @@
-// Compiled once for each instruction set: LF_ISA names it, LF_VECTOR_BYTES is its register. Nothing of the standard library's
-// templates may be used here: the linker keeps one copy of an inline function, and it could be the one that this machine lacks.
+// Compiled once for each instruction set: LF_ISA names it, LF_VECTOR_BYTES is its register. Nothing of the
+// standard library's templates may be used here: the linker keeps one copy of an inline function, and it
+// could be the one that this machine lacks.
 #include "vector_kernels.h"
 
 #if defined(__AVX512F__)
@@ -36,7 +37,8 @@ struct Vector {
   typedef T unaligned __attribute__((vector_size(LF_VECTOR_BYTES), may_alias, aligned(alignof(T))));
   typedef typename Bits<T>::type bits __attribute__((vector_size(LF_VECTOR_BYTES), may_alias));
   static constexpr int64_t lanes = LF_VECTOR_BYTES / sizeof(T);
-  static constexpr typename Bits<T>::type sign_bit = static_cast<typename Bits<T>::type>(1) << (8 * sizeof(T) - 1);
+  static constexpr typename Bits<T>::type sign_bit = static_cast<typename Bits<T>::type>(1)
+                                                     << (8 * sizeof(T) - 1);
 };
 
 template <typename T>
@@ -89,14 +91,17 @@ inline vec<float> reduced_exponential(vec<float> x, vec<float> n) {
 }
 
 #if defined(__AVX512F__)
-// exp of a number that is at most 0, to about an ulp, denormal results included. NaN stays NaN; scalef makes 0 of -inf.
+// exp of a number that is at most 0, to about an ulp, denormal results included. NaN stays NaN; scalef makes
+// 0 of -inf.
 inline vec<float> exponential(vec<float> x) {
   const __m512 power = (__m512)(x * 1.44269504088896341f);
-  const vec<float> n = (vec<float>)_mm512_maskz_roundscale_ps(0xFFFF, power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vec<float> n =
+      (vec<float>)_mm512_maskz_roundscale_ps(0xFFFF, power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return (vec<float>)_mm512_maskz_scalef_ps(0xFFFF, (__m512)reduced_exponential(x, n), (__m512)n);
 }
 #else
-// exp of a number that is at most 0, to about an ulp; below the smallest normal number it is 0. NaN stays NaN.
+// exp of a number that is at most 0, to about an ulp; below the smallest normal number it is 0. NaN stays
+// NaN.
 inline vec<float> exponential(vec<float> x) {
   using bits = Vector<float>::bits;
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
@@ -116,9 +121,7 @@ inline vec<double> exponential(vec<double> x) {
   return x;
 }
 
-inline float from_bfloat16(uint16_t x) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16);
-}
+inline float from_bfloat16(uint16_t x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }
 
 inline uint16_t to_bfloat16(float x) {
   const uint32_t u = __builtin_bit_cast(uint32_t, x);
@@ -128,8 +131,8 @@ inline uint16_t to_bfloat16(float x) {
 
 // Converts rows x channels from one layout to another; strides in elements.
 template <typename From, typename To, typename Convert>
-inline void copy_rows(const From* src, int64_t src_row, int64_t src_channel, To* dst, int64_t dst_row, int64_t dst_channel, int64_t rows,
-                      int64_t channels, Convert convert) {
+inline void copy_rows(const From* src, int64_t src_row, int64_t src_channel, To* dst, int64_t dst_row,
+                      int64_t dst_channel, int64_t rows, int64_t channels, Convert convert) {
   for (int64_t i = 0; i < rows; ++i) {
     const From* from = src + i * src_row;
     To* to = dst + i * dst_row;
@@ -142,8 +145,8 @@ inline void copy_rows(const From* src, int64_t src_row, int64_t src_channel, To*
 }
 
 template <typename T>
-void pack(const void* src, DType dtype, int64_t row_stride, int64_t channel_stride, int64_t rows, int64_t padded_rows,
-          int64_t channels, int64_t cols, T* dst) {
+void pack(const void* src, DType dtype, int64_t row_stride, int64_t channel_stride, int64_t rows,
+          int64_t padded_rows, int64_t channels, int64_t cols, T* dst) {
   const auto copy = [&](auto* from, auto convert) {
     copy_rows(from, row_stride, channel_stride, dst, cols, 1, rows, channels, convert);
   };
@@ -158,7 +161,8 @@ void pack(const void* src, DType dtype, int64_t row_stride, int64_t channel_stri
       copy(static_cast<const uint16_t*>(src), [](uint16_t x) { return static_cast<T>(from_bfloat16(x)); });
       break;
     case DType::kFloat16:
-      copy(static_cast<const _Float16*>(src), [](_Float16 x) { return static_cast<T>(static_cast<float>(x)); });
+      copy(static_cast<const _Float16*>(src),
+           [](_Float16 x) { return static_cast<T>(static_cast<float>(x)); });
       break;
   }
   for (int64_t i = 0; channels < cols && i < rows; ++i) {
@@ -168,8 +172,8 @@ void pack(const void* src, DType dtype, int64_t row_stride, int64_t channel_stri
 }
 
 template <typename T>
-void unpack(const T* src, int64_t rows, int64_t channels, int64_t cols, void* dst, DType dtype, int64_t row_stride,
-            int64_t channel_stride) {
+void unpack(const T* src, int64_t rows, int64_t channels, int64_t cols, void* dst, DType dtype,
+            int64_t row_stride, int64_t channel_stride) {
   const auto copy = [&](auto* to, auto convert) {
     copy_rows(src, cols, 1, to, row_stride, channel_stride, rows, channels, convert);
   };
@@ -225,7 +229,8 @@ void transpose(const T* src, int64_t src_stride, int64_t rows, int64_t cols, T* 
 #pragma GCC unroll 16
         for (int64_t l = 0; l < lanes; ++l) block[l] = load_unaligned(src + (r + l) * src_stride + c);
       } else {
-        for (int64_t l = 0; l < lanes; ++l) block[l] = l < rows_here ? load_unaligned(src + (r + l) * src_stride + c) : vec<T>{};
+        for (int64_t l = 0; l < lanes; ++l)
+          block[l] = l < rows_here ? load_unaligned(src + (r + l) * src_stride + c) : vec<T>{};
       }
       transpose_step<T, 1>(block);
       if constexpr (lanes > 2) transpose_step<T, 2>(block);
@@ -254,7 +259,8 @@ constexpr int kKernelWidth = 2;
 constexpr int kKernelRows = kRegisters == 32 ? 12 : 5;
 constexpr int kProductRows = kRegisters == 32 ? 6 : 3;
 
-// Prefetches one cache line at each call: spread over the arithmetic, memory costs next to nothing; in one burst it stalls.
+// Prefetches one cache line at each call: spread over the arithmetic, memory costs next to nothing; in one
+// burst it stalls.
 class Prefetcher {
  public:
   explicit Prefetcher(const Ahead& ahead) : region_(ahead.regions), end_(ahead.regions + ahead.count) {}
@@ -274,8 +280,9 @@ class Prefetcher {
   int64_t row_ = 0, byte_ = 0;
 };
 
-// x * 1 - y is x - y to the bit, but where multipliers are ports of their own it runs beside the additions rather than before them
-// (7 % of the tile on Zen 4). The compiler must not see that it is a 1; with 16 registers there is none to spare for it.
+// x * 1 - y is x - y to the bit, but where multipliers are ports of their own it runs beside the additions
+// rather than before them (7 % of the tile on Zen 4). The compiler must not see that it is a 1; with 16
+// registers there is none to spare for it.
 template <typename T>
 inline vec<T> difference(vec<T> x, T y, vec<T> one) {
 #if LF_VECTOR_BYTES == 64
@@ -287,7 +294,8 @@ inline vec<T> difference(vec<T> x, T y, vec<T> one) {
 }
 
 template <typename T, int J>
-inline void kernel_rows(const T* x, const T* y, int64_t y_stride, int64_t channels, T scale, Prefetcher& ahead, T* out) {
+inline void kernel_rows(const T* x, const T* y, int64_t y_stride, int64_t channels, T scale,
+                        Prefetcher& ahead, T* out) {
   constexpr int64_t lanes = Vector<T>::lanes;
   vec<T> one = vec<T>{} + 1;
   LF_HIDE(one);
@@ -347,7 +355,8 @@ inline void with_constant(int64_t size, Run run) {
 }
 
 template <typename T>
-void kernel_tile(const T* x, const T* y, int64_t y_stride, int64_t channels, int64_t m, T scale, const Ahead& regions, T* out) {
+void kernel_tile(const T* x, const T* y, int64_t y_stride, int64_t channels, int64_t m, T scale,
+                 const Ahead& regions, T* out) {
   Prefetcher ahead(regions);
   in_groups<kKernelRows>(m, [&](int64_t first, int64_t size) {
     with_constant<kKernelRows>(size, [&]<int J>(Constant<J>) {
@@ -357,8 +366,8 @@ void kernel_tile(const T* x, const T* y, int64_t y_stride, int64_t channels, int
 }
 
 template <typename T, int R, int C>
-inline void product_block(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride,
-                          int64_t depth, bool accumulate) {
+inline void product_block(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b,
+                          int64_t b_stride, int64_t depth, bool accumulate) {
   constexpr int64_t lanes = Vector<T>::lanes;
   vec<T> sum[R][C] = {};
   if (accumulate) {
@@ -381,16 +390,16 @@ inline void product_block(T* out, int64_t out_stride, const T* a, int64_t a_row,
 }
 
 template <typename T>
-void product(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride, int64_t rows,
-             int64_t depth, int64_t cols, bool accumulate) {
+void product(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride,
+             int64_t rows, int64_t depth, int64_t cols, bool accumulate) {
   constexpr int64_t lanes = Vector<T>::lanes;
   in_groups<4>(cols / lanes, [&](int64_t first_vector, int64_t vectors) {
     with_constant<4>(vectors, [&]<int C>(Constant<C>) {
       const int64_t column = first_vector * lanes;
       in_groups<kProductRows>(rows, [&](int64_t first, int64_t size) {
         with_constant<kProductRows>(size, [&]<int R>(Constant<R>) {
-          product_block<T, R, C>(out + first * out_stride + column, out_stride, a + first * a_row, a_row, a_k, b + column, b_stride,
-                                 depth, accumulate);
+          product_block<T, R, C>(out + first * out_stride + column, out_stride, a + first * a_row, a_row, a_k,
+                                 b + column, b_stride, depth, accumulate);
         });
       });
     });
@@ -452,13 +461,15 @@ T floor_loop(int64_t steps) {
 
 template <typename T>
 constexpr Kernels<T> table() {
-  return {pack<T>, unpack<T>, transpose<T>, kernel_tile<T>, product<T>, sign_tile<T>, floor_loop<T>, kKernelRows * kKernelWidth * Vector<T>::lanes};
+  return {pack<T>,    unpack<T>,    transpose<T>,  kernel_tile<T>,
+          product<T>, sign_tile<T>, floor_loop<T>, kKernelRows * kKernelWidth * Vector<T>::lanes};
 }
 
 bool supported() {
 #if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma");
 #elif defined(__AVX2__)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #else

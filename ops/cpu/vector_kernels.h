@@ -1,7 +1,9 @@
-// The inner loops of every CPU operator, on packed tiles; vector_kernels.cpp is compiled once for each instruction set.
+// The inner loops of every CPU operator, on packed tiles; vector_kernels.cpp is compiled once for each
+// instruction set.
 //
-// A tile is kTile tokens. Packed rows are `cols` channels apart, a multiple of kAlign, padded with zeros: a channel that is
-// zero on both sides adds nothing to an L1 distance or to a product. Every pointer is aligned to 64 bytes.
+// A tile is kTile tokens. Packed rows are `cols` channels apart, a multiple of kAlign, padded with zeros: a
+// channel that is zero on both sides adds nothing to an L1 distance or to a product. Every pointer is aligned
+// to 64 bytes.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +15,7 @@ namespace lf {
 constexpr int64_t kTile = 32;
 constexpr int64_t kAlign = 16;
 
-constexpr int64_t padded(int64_t n) {
-  return (n + kAlign - 1) / kAlign * kAlign;
-}
+constexpr int64_t padded(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
 // Memory that the steps after this one will read or write: `rows` runs of `bytes`, `stride` bytes apart.
 struct Region {
@@ -34,23 +34,28 @@ struct Ahead {
 
 template <typename T>
 struct Kernels {
-  // rows x channels of any strides (in elements) and dtype into rows of `cols`; rows up to `padded_rows` become zero.
-  void (*pack)(const void* src, DType dtype, int64_t row_stride, int64_t channel_stride, int64_t rows, int64_t padded_rows,
-               int64_t channels, int64_t cols, T* dst);
+  // rows x channels of any strides (in elements) and dtype into rows of `cols`; rows up to `padded_rows`
+  // become zero.
+  void (*pack)(const void* src, DType dtype, int64_t row_stride, int64_t channel_stride, int64_t rows,
+               int64_t padded_rows, int64_t channels, int64_t cols, T* dst);
   // The reverse, rounding once.
-  void (*unpack)(const T* src, int64_t rows, int64_t channels, int64_t cols, void* dst, DType dtype, int64_t row_stride,
-                 int64_t channel_stride);
-  // (rows, cols) into (cols, rows), strides and sizes of any kind; each row of src is readable up to the next multiple of kAlign.
+  void (*unpack)(const T* src, int64_t rows, int64_t channels, int64_t cols, void* dst, DType dtype,
+                 int64_t row_stride, int64_t channel_stride);
+  // (rows, cols) into (cols, rows), strides and sizes of any kind; each row of src is readable up to the next
+  // multiple of kAlign.
   void (*transpose)(const T* src, int64_t src_stride, int64_t rows, int64_t cols, T* dst, int64_t dst_stride);
-  // out[j][i] = exp(-|x_i - y_j|_1 / scale): x (channels, kTile) and y (channels, y_stride) transposed, out (m, kTile).
-  // Meanwhile `ahead` comes into the cache.
-  void (*kernel_tile)(const T* x, const T* y, int64_t y_stride, int64_t channels, int64_t m, T scale, const Ahead& ahead, T* out);
+  // out[j][i] = exp(-|x_i - y_j|_1 / scale): x (channels, kTile) and y (channels, y_stride) transposed, out
+  // (m, kTile). Meanwhile `ahead` comes into the cache.
+  void (*kernel_tile)(const T* x, const T* y, int64_t y_stride, int64_t channels, int64_t m, T scale,
+                      const Ahead& ahead, T* out);
   // out[r][c] (+)= sum_k a[r * a_row + k * a_k] b[k][c]; cols a multiple of kAlign.
-  void (*product)(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride, int64_t rows,
-                  int64_t depth, int64_t cols, bool accumulate);
-  // t = w[j][i] sign(x_ic - y_jc), sign(0) = 0: dx[i][c] -= t and dy[j][c] += t; x, dx (rows, cols), y, dy (m, cols), w (m, kTile).
+  void (*product)(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b,
+                  int64_t b_stride, int64_t rows, int64_t depth, int64_t cols, bool accumulate);
+  // t = w[j][i] sign(x_ic - y_jc), sign(0) = 0: dx[i][c] -= t and dy[j][c] += t; x, dx (rows, cols), y, dy
+  // (m, cols), w (m, kTile).
   void (*sign_tile)(const T* x, const T* y, const T* w, int64_t rows, int64_t m, int64_t cols, T* dx, T* dy);
-  // The floor: `steps` rounds of independent subtract, absolute value and accumulate on a register file of vectors; returns their sum.
+  // The floor: `steps` rounds of independent subtract, absolute value and accumulate on a register file of
+  // vectors; returns their sum.
   T (*floor_loop)(int64_t steps);
   int64_t pairs_per_step;
 };

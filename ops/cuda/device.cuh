@@ -36,12 +36,14 @@ inline int64_t shared_memory_limit() {
 
 // On the current device and the current stream of `like`'s device; returns without waiting.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int64_t shared_bytes, const Tensor& like,
-            const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int64_t shared_bytes,
+            const Tensor& like, const Arguments&... arguments) {
   if (blocks == 0) return;
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "lf_dense: a CUDA operator was asked for ", blocks, " blocks; split the batch.");
+  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "lf_dense: a CUDA operator was asked for ", blocks,
+                  " blocks; split the batch.");
   if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)));
   }
 #if defined(LF_CUDA_EMULATION)
   (void)like;
@@ -49,7 +51,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int6
 #else
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  kernel<<<dim3(blocks), dim3(threads), shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  kernel<<<dim3(blocks), dim3(threads), shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments...);
 #endif
   check(cudaGetLastError());
 }
@@ -143,11 +145,13 @@ struct Rows {
       for (int u = 0; u < 4; ++u) {
         const unsigned short bits = static_cast<unsigned short>(words[u / 2] >> (16 * (u % 2)));
         const bool wide_range = dtype == DType::kBFloat16;
-        result.at[u] = static_cast<T>(wide_range ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits)));
+        result.at[u] = static_cast<T>(wide_range ? __bfloat162float(__ushort_as_bfloat16(bits))
+                                                 : __half2float(__ushort_as_half(bits)));
       }
     } else {
 #pragma unroll
-      for (int u = 0; u < 4; ++u) result.at[u] = channel + u < channels ? load<T>(at(row, channel + u), dtype) : T{0};
+      for (int u = 0; u < 4; ++u)
+        result.at[u] = channel + u < channels ? load<T>(at(row, channel + u), dtype) : T{0};
     }
     return result;
   }
@@ -167,7 +171,8 @@ __device__ inline double absolute(double x) { return fabs(x); }
 
 // w with the sign of `difference`, 0 where that is 0; a NaN difference keeps w, which is NaN then.
 __device__ inline float signed_by(float difference, float w) {
-  const float turned = __int_as_float((__float_as_int(difference) & static_cast<int>(0x80000000u)) ^ __float_as_int(w));
+  const float turned =
+      __int_as_float((__float_as_int(difference) & static_cast<int>(0x80000000u)) ^ __float_as_int(w));
   return difference == 0.0f ? 0.0f : turned;
 }
 __device__ inline double signed_by(double difference, double w) {

@@ -1,14 +1,16 @@
-// Normalization "mass": one launch streams keys and values while its first blocks run the solver, one adds the chunks' sums up, one
-// streams queries; backward the two streams again, with the landmarks' small matrices between them. Kernel columns are recomputed, never
-// stored. docs/operators.md has the floor and the reasons.
+// Normalization "mass": one launch streams keys and values while its first blocks run the solver, one adds
+// the chunks' sums up, one streams queries; backward the two streams again, with the landmarks' small
+// matrices between them. Kernel columns are recomputed, never stored. docs/operators.md has the floor and the
+// reasons.
 #include "laplacian_kernel.cuh"
 #include "matrix.cuh"
 
 namespace lf {
 namespace {
 
-// Forward, keys and values. A chunk's partial sums: sum_i C_ij (v_i - shift) of (m, channels), sum_i C_ij of (m), its shift and the sum
-// of v_i - shift, both of (channels). The shift is the mean of the chunk's first tile: near the mean, so that nothing cancels.
+// Forward, keys and values. A chunk's partial sums: sum_i C_ij (v_i - shift) of (m, channels), sum_i C_ij of
+// (m), its shift and the sum of v_i - shift, both of (channels). The shift is the mean of the chunk's first
+// tile: near the mean, so that nothing cancels.
 template <typename T>
 struct KeyArguments {
   View k, v, landmarks;
@@ -27,7 +29,8 @@ struct KeyArguments {
 template <typename T>
 __device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, T* memory) {
   const Rows landmarks = Rows::of(a.landmarks, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), side = padded_to_four(m), stride = landmarks.channels + 1;
+  const int m = static_cast<int>(a.landmarks.size[2]), side = padded_to_four(m),
+            stride = landmarks.channels + 1;
   T* points = memory + side * side;
   for (int index = threadIdx.x; index < m * landmarks.channels; index += kThreads) {
     const int row = index / landmarks.channels, channel = index % landmarks.channels;
@@ -38,7 +41,8 @@ __device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, T* mem
     const int row = index / side, column = index % side;
     T sum = 0;
     if (row < m && column < m) {
-      for (int c = 0; c < landmarks.channels; ++c) sum += absolute(points[row * stride + c] - points[column * stride + c]);
+      for (int c = 0; c < landmarks.channels; ++c)
+        sum += absolute(points[row * stride + c] - points[column * stride + c]);
     }
     memory[index] = row < m && column < m ? exponential(sum * (-1 / a.scale)) : T{0};
   }
@@ -61,7 +65,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   T* shift = parts + kWarps * DK * kWarp;
   const int64_t item = blockIdx.x - a.solver_blocks, head = item / a.cut.chunks, chunk = item % a.cut.chunks;
   const Rows k = Rows::of(a.k, head), v = Rows::of(a.v, head), l = Rows::of(a.landmarks, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = k.channels, per_round = a.groups_per_round * kGroup;
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = k.channels,
+            per_round = a.groups_per_round * kGroup;
   T* sums = a.partials + item * a.partial_size;
   T* mass = sums + static_cast<int64_t>(m) * channels;
   T deviation = 0;
@@ -90,7 +95,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
       __syncthreads();
       if (group.count == 0) continue;
       Columns<T> kernel;
-      kernel_columns<T, DK>(keys, landmarks + group.row * kQuads<DK>, channels, count, group.count, a.scale, kernel);
+      kernel_columns<T, DK>(keys, landmarks + group.row * kQuads<DK>, channels, count, group.count, a.scale,
+                            kernel);
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         T sum = 0;
@@ -116,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
 constexpr int kFinishThreads = 512;
 constexpr int kFinishSlices = kFinishThreads / 64;
 
-// The chunks' sums added up, four channels of one head a block and one more block a head for the mass: the mean of V, P, p, U = A P, t = A p.
+// The chunks' sums added up, four channels of one head a block and one more block a head for the mass: the
+// mean of V, P, p, U = A P, t = A p.
 template <typename T>
 struct FinishArguments {
   const T *partials, *inverse;
@@ -124,8 +131,8 @@ struct FinishArguments {
   Cut cut;
   int tiles_tokens;  // tokens of a tile
   int m, channels;
-  T *sums, *mass, *mean_value;         // saved for the backward pass
-  T *pooled_values, *pooled_mass;      // U and t
+  T *sums, *mass, *mean_value;     // saved for the backward pass
+  T *pooled_values, *pooled_mass;  // U and t
 };
 
 template <typename T>
@@ -139,7 +146,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
   const bool for_mass = quad == quads;
   const int width = for_mass ? 1 : min(4, a.channels - channel);
   const T* partials = a.partials + head * a.cut.chunks * a.partial_size;
-  const int64_t mass_at = static_cast<int64_t>(a.m) * a.channels, shift_at = mass_at + a.m, deviation_at = shift_at + a.channels;
+  const int64_t mass_at = static_cast<int64_t>(a.m) * a.channels, shift_at = mass_at + a.m,
+                deviation_at = shift_at + a.channels;
   T mean[4] = {};
   if (!for_mass) {
     for (int c = 0; c < 4; ++c) wide[4 * threadIdx.x + c] = 0;
@@ -147,7 +155,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
       const int64_t length = static_cast<int64_t>(a.cut.tiles_per_chunk) * a.tiles_tokens;
       const double tokens = static_cast<double>(min(length, n - chunk * length));
       const T* from = partials + chunk * a.partial_size + channel;
-      for (int c = 0; c < width; ++c) wide[4 * threadIdx.x + c] += tokens * from[shift_at + c] + from[deviation_at + c];
+      for (int c = 0; c < width; ++c)
+        wide[4 * threadIdx.x + c] += tokens * from[shift_at + c] + from[deviation_at + c];
     }
     __syncthreads();
     for (int step = kFinishThreads / 2; step > 0; step /= 2) {
@@ -157,7 +166,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
       __syncthreads();
     }
     for (int c = 0; c < width; ++c) mean[c] = static_cast<T>(wide[c] / n);
-    if (static_cast<int>(threadIdx.x) < width) a.mean_value[head * a.channels + channel + threadIdx.x] = mean[threadIdx.x];
+    if (static_cast<int>(threadIdx.x) < width)
+      a.mean_value[head * a.channels + channel + threadIdx.x] = mean[threadIdx.x];
   }
   const int slice = threadIdx.x / 64;
   for (int first = 0; first < a.m; first += 64) {
@@ -170,7 +180,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
         sum[0] += chunk_mass;
       } else {
         for (int c = 0; c < width; ++c) {
-          sum[c] += from[static_cast<int64_t>(j) * a.channels + channel + c] + chunk_mass * (from[shift_at + channel + c] - mean[c]);
+          sum[c] += from[static_cast<int64_t>(j) * a.channels + channel + c] +
+                    chunk_mass * (from[shift_at + channel + c] - mean[c]);
         }
       }
     }
@@ -221,7 +232,8 @@ __device__ inline T reciprocal_mass(T mass, T tau) {
 }
 
 template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_queries(const QueryArguments<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
+    stream_queries(const QueryArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   Four<T>* queries = reinterpret_cast<Four<T>*>(memory);
   Four<T>* landmarks = queries + kQuads<DK> * kTokenStride<T>;
@@ -231,7 +243,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_queri
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t head = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * kTokens<T>;
   const Rows q = Rows::of(a.q, head), l = Rows::of(a.landmarks, head), out = Rows::of(a.out, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = q.channels, per_round = a.groups_per_round * kGroup;
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = q.channels,
+            per_round = a.groups_per_round * kGroup;
   const int count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.q.size[2] - first));
   const Rows u = Rows::of<T>(a.pooled_values + head * m * channels, channels);
   load_tokens<T, DK>(q, first, count, queries);
@@ -243,7 +256,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_queri
     __syncthreads();
     if (group.count > 0) {
       Columns<T> kernel;
-      kernel_columns<T, DK>(queries, landmarks + group.row * kQuads<DK>, channels, count, group.count, a.scale, kernel);
+      kernel_columns<T, DK>(queries, landmarks + group.row * kQuads<DK>, channels, count, group.count,
+                            a.scale, kernel);
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         const T t = j < group.count ? a.pooled_mass[head * m + group.first + j] : T{0};
@@ -270,14 +284,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_queri
     for (int k = 0; k < DK; ++k) {
       const int channel = lane + k * kWarp;
       if (token < count && channel < channels) {
-        store<T>(out.at(first + token, channel), out.dtype, sum[i][k] * reciprocal + a.mean_value[head * channels + channel]);
+        store<T>(out.at(first + token, channel), out.dtype,
+                 sum[i][k] * reciprocal + a.mean_value[head * channels + channel]);
       }
     }
   }
 }
 
-// Backward, queries. A chunk's partial sums: gradients of U and, through the kernel, of the landmarks, both (m, channels), of t (m), and
-// the sum of the upstream gradient (channels).
+// Backward, queries. A chunk's partial sums: gradients of U and, through the kernel, of the landmarks, both
+// (m, channels), of t (m), and the sum of the upstream gradient (channels).
 template <typename T>
 struct QueryGradientArguments {
   View grad, q, landmarks, dq;
@@ -290,7 +305,8 @@ struct QueryGradientArguments {
 };
 
 template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) query_gradients(const QueryGradientArguments<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
+    query_gradients(const QueryGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   Four<T>* queries = reinterpret_cast<Four<T>*>(memory);
   Four<T>* grads = queries + kQuads<DK> * kTokenStride<T>;
@@ -304,8 +320,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) query_gradie
   T* dmasses = reciprocals + kTokens<T>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t head = blockIdx.x / a.cut.chunks, chunk = blockIdx.x % a.cut.chunks;
-  const Rows grad = Rows::of(a.grad, head), q = Rows::of(a.q, head), l = Rows::of(a.landmarks, head), dq = Rows::of(a.dq, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = q.channels, per_round = a.groups_per_round * kGroup;
+  const Rows grad = Rows::of(a.grad, head), q = Rows::of(a.q, head), l = Rows::of(a.landmarks, head),
+             dq = Rows::of(a.dq, head);
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = q.channels,
+            per_round = a.groups_per_round * kGroup;
   const Rows u = Rows::of<T>(a.pooled_values + head * m * channels, channels);
   T* dvalues = a.partials + blockIdx.x * a.partial_size;
   T* dlandmarks = dvalues + static_cast<int64_t>(m) * channels;
@@ -321,7 +339,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) query_gradie
     __syncthreads();
     grad_sum += channel_sum<T, DK>(grads, mass_parts);
 
-    // Once over the landmarks for the mass under each query and its gradient; with one round its columns stay in registers.
+    // Once over the landmarks for the mass under each query and its gradient; with one round its columns stay
+    // in registers.
     Columns<T> kernel, dkernel;
     T mass[kPerLane<T>] = {}, dmass[kPerLane<T>] = {};
     const auto load_round = [&](int round) {
@@ -330,7 +349,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) query_gradie
       __syncthreads();
     };
     const auto compute_columns = [&](const Group& group) {
-      kernel_columns<T, DK>(queries, landmarks + group.row * kQuads<DK>, channels, count, group.count, a.scale, kernel);
+      kernel_columns<T, DK>(queries, landmarks + group.row * kQuads<DK>, channels, count, group.count,
+                            a.scale, kernel);
       product_columns<T, DK>(grads, pooled + group.row * kQuads<DK>, channels, dkernel);
     };
     for (int round = 0; round < a.rounds; ++round) {
@@ -384,7 +404,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) query_gradie
           for (int i = 0; i < kPerLane<T>; ++i) {
             const int token = lane + i * kWarp;
             dt += kernel[j][i] * dmasses[token];
-            weights[j][i] = kernel[j][i] * (reciprocals[token] * dkernel[j][i] + dmasses[token] * t) / a.scale;
+            weights[j][i] =
+                kernel[j][i] * (reciprocals[token] * dkernel[j][i] + dmasses[token] * t) / a.scale;
             kernel[j][i] *= reciprocals[token];
           }
           if (j < group.count) add_scalar<T>(dt, tile == 0, dpooled_mass + group.first + j);
@@ -422,7 +443,8 @@ struct KeyGradientArguments {
 };
 
 template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) key_gradients(const KeyGradientArguments<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
+    key_gradients(const KeyGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   Four<T>* keys = reinterpret_cast<Four<T>*>(memory);
   Four<T>* values = keys + kQuads<DK> * kTokenStride<T>;
@@ -432,7 +454,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) key_gradient
   T* columns = reinterpret_cast<T*>(dsums + a.groups_per_round * kGroup * kQuads<DK>);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t head = blockIdx.x / a.cut.chunks, chunk = blockIdx.x % a.cut.chunks;
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = static_cast<int>(a.k.size[3]), per_round = a.groups_per_round * kGroup;
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = static_cast<int>(a.k.size[3]),
+            per_round = a.groups_per_round * kGroup;
   const T n = static_cast<T>(a.cut.tokens);
   T* dlandmarks = a.partials + blockIdx.x * static_cast<int64_t>(m) * channels;
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
@@ -444,30 +467,35 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) key_gradient
     clear_tokens<T, DK>(dkeys);
     __syncthreads();
     for (int index = threadIdx.x; index < count * channels; index += kThreads) {
-      token_channel(values, index / channels, index % channels) -= a.mean_value[head * channels + index % channels];
+      token_channel(values, index / channels, index % channels) -=
+          a.mean_value[head * channels + index % channels];
     }
     T own_dvalues[kOwn<T>][DK] = {};
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
       if (tile == 0 || a.rounds > 1) {
         load_landmarks<T, DK>(Rows::of(a.landmarks, head), round * per_round, per_round, m, landmarks);
-        load_landmarks<T, DK>(Rows::of<T>(a.dsums + head * m * channels, channels), round * per_round, per_round, m, dsums);
+        load_landmarks<T, DK>(Rows::of<T>(a.dsums + head * m * channels, channels), round * per_round,
+                              per_round, m, dsums);
       }
       __syncthreads();
       T* own = columns + group.row * kColumnStride<T>;
       Columns<T> weights;
       if (group.count > 0) {
         Columns<T> kernel;
-        kernel_columns<T, DK>(keys, landmarks + group.row * kQuads<DK>, channels, count, group.count, a.scale, kernel);
+        kernel_columns<T, DK>(keys, landmarks + group.row * kQuads<DK>, channels, count, group.count, a.scale,
+                              kernel);
         product_columns<T, DK>(values, dsums + group.row * kQuads<DK>, channels, weights);
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
           const bool real = j < group.count;
-          const T dmass = real ? a.dmass[head * m + group.first + j] : T{0}, mass = real ? a.mass[head * m + group.first + j] : T{0};
+          const T dmass = real ? a.dmass[head * m + group.first + j] : T{0},
+                  mass = real ? a.mass[head * m + group.first + j] : T{0};
 #pragma unroll
           for (int i = 0; i < kPerLane<T>; ++i) {
             weights[j][i] = kernel[j][i] * (weights[j][i] + dmass) / (n * a.scale);
-            // The mean of dV leaves before the product: on close tokens the difference after it would cancel to nothing.
+            // The mean of dV leaves before the product: on close tokens the difference after it would cancel
+            // to nothing.
             kernel[j][i] = (kernel[j][i] - mass) / n;
           }
         }
@@ -503,17 +531,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) key_gradient
 
 // U = A P and t = A p from what the forward pass saved.
 template <typename T>
-void pool(const T* inverse, const T* sums, const T* mass, int64_t heads, int64_t m, int64_t channels, T* values, T* pooled_mass,
-          const Tensor& like) {
-  Product<T> product{inverse, sums, values, m, channels, m, m * m, m, 1, m * channels, channels, 1, m * channels, channels};
+void pool(const T* inverse, const T* sums, const T* mass, int64_t heads, int64_t m, int64_t channels,
+          T* values, T* pooled_mass, const Tensor& like) {
+  Product<T> product{inverse, sums,         values,   m, channels,     m,       m * m, m,
+                     1,       m * channels, channels, 1, m * channels, channels};
   multiply<T>(product, heads, like);
   Product<T> column{inverse, mass, pooled_mass, m, 1, m, m * m, m, 1, m, 1, 1, m, 1};
   multiply<T>(column, heads, like);
 }
 
 template <typename T, int DK>
-void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks, double scale, int64_t iters, double eps, double tau,
-             const AttentionResults& results) {
+void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks, double scale,
+             int64_t iters, double eps, double tau, const AttentionResults& results) {
   const int64_t heads = q.size(0) * q.size(1), channels = q.size(3), m = landmarks.size(2);
   const ScalarType type = compute_type(q);
   const Cut cut = Cut::of<T>(q.size(2));
@@ -522,14 +551,17 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
   keys.partial_size = m * channels + m + 2 * channels;
   Tensor partials = empty({heads, cut.chunks, keys.partial_size}, type, q);
   keys.partials = data<T>(partials);
-  int64_t fixed = 2 * kTokenBytes<T, DK> + (kWarps + 1) * DK * kWarp * sizeof(T), per_group = kLandmarkBytes<T, DK> + kColumnBytes<T>;
+  int64_t fixed = 2 * kTokenBytes<T, DK> + (kWarps + 1) * DK * kWarp * sizeof(T),
+          per_group = kLandmarkBytes<T, DK> + kColumnBytes<T>;
   keys.groups_per_round = groups_that_fit(m, fixed, per_group);
   keys.rounds = rounds_of(m, keys.groups_per_round);
   const int64_t stream_bytes = fixed + keys.groups_per_round * per_group;
   const int64_t side = padded_to_four(static_cast<int>(m));
-  const int64_t solve_bytes = std::max<int64_t>(solver_bytes<T>(m, static_cast<int>(iters)), (side * side + m * (channels + 1)) * sizeof(T));
+  const int64_t solve_bytes = std::max<int64_t>(solver_bytes<T>(m, static_cast<int>(iters)),
+                                                (side * side + m * (channels + 1)) * sizeof(T));
   keys.iters = static_cast<int>(iters), keys.eps = eps, keys.inverse = data<T>(results.inverse);
-  // Beside the stream where its blocks' shared memory has room; a solver that needs more would cost the stream its occupancy.
+  // Beside the stream where its blocks' shared memory has room; a solver that needs more would cost the
+  // stream its occupancy.
   keys.solver_blocks = solve_bytes <= stream_bytes ? heads : 0;
   if (keys.solver_blocks == 0) {
     Tensor gram = empty({q.size(0), q.size(1), m, m}, type, q);
@@ -539,55 +571,99 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
   launch(stream_keys<T, DK>, keys.solver_blocks + heads * cut.chunks, kThreads, stream_bytes, q, keys);
 
   Tensor pooled_values = empty({heads, m, channels}, type, q), pooled_mass = empty({heads, m}, type, q);
-  const FinishArguments<T> finish{data<T>(partials),  data<T>(results.inverse), keys.partial_size,        cut,
-                                  kTokens<T>,         static_cast<int>(m), static_cast<int>(channels), data<T>(results.sums),
-                                  data<T>(results.mass),      data<T>(results.mean_value), data<T>(pooled_values),  data<T>(pooled_mass)};
+  const FinishArguments<T> finish{data<T>(partials),
+                                  data<T>(results.inverse),
+                                  keys.partial_size,
+                                  cut,
+                                  kTokens<T>,
+                                  static_cast<int>(m),
+                                  static_cast<int>(channels),
+                                  data<T>(results.sums),
+                                  data<T>(results.mass),
+                                  data<T>(results.mean_value),
+                                  data<T>(pooled_values),
+                                  data<T>(pooled_mass)};
   const int64_t finish_bytes = 4 * kFinishThreads * (sizeof(double) + sizeof(T)) + 4 * m * sizeof(T);
   launch(finish_keys<T>, heads * ((channels + 3) / 4 + 1), kFinishThreads, finish_bytes, q, finish);
 
-  QueryArguments<T> queries{view(q), view(landmarks), view(results.out), static_cast<T>(scale), static_cast<T>(tau), 0, 0,
-                            (q.size(2) + kTokens<T> - 1) / kTokens<T>, data<T>(pooled_values), data<T>(pooled_mass), data<T>(results.mean_value)};
-  fixed = kTokenBytes<T, DK> + kWarps * kTokens<T> * sizeof(T), per_group = 2 * kLandmarkBytes<T, DK> + kColumnBytes<T>;
+  QueryArguments<T> queries{view(q),
+                            view(landmarks),
+                            view(results.out),
+                            static_cast<T>(scale),
+                            static_cast<T>(tau),
+                            0,
+                            0,
+                            (q.size(2) + kTokens<T> - 1) / kTokens<T>,
+                            data<T>(pooled_values),
+                            data<T>(pooled_mass),
+                            data<T>(results.mean_value)};
+  fixed = kTokenBytes<T, DK> + kWarps * kTokens<T> * sizeof(T),
+  per_group = 2 * kLandmarkBytes<T, DK> + kColumnBytes<T>;
   queries.groups_per_round = groups_that_fit(m, fixed, per_group);
   queries.rounds = rounds_of(m, queries.groups_per_round);
-  launch(stream_queries<T, DK>, heads * queries.tiles, kThreads, fixed + queries.groups_per_round * per_group, q, queries);
+  launch(stream_queries<T, DK>, heads * queries.tiles, kThreads, fixed + queries.groups_per_round * per_group,
+         q, queries);
 }
 
 template <typename T, int DK>
-void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks, const Tensor& inverse,
-              const Tensor& sums, const Tensor& mass, const Tensor& mean_value, double scale, double tau, const Tensor& dq, const Tensor& dk,
-              const Tensor& dv, const Tensor& dlandmarks) {
-  const int64_t batch = q.size(0), heads = batch * q.size(1), channels = q.size(3), m = landmarks.size(2), size = m * channels;
+void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks,
+              const Tensor& inverse, const Tensor& sums, const Tensor& mass, const Tensor& mean_value,
+              double scale, double tau, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+              const Tensor& dlandmarks) {
+  const int64_t batch = q.size(0), heads = batch * q.size(1), channels = q.size(3), m = landmarks.size(2),
+                size = m * channels;
   const ScalarType type = compute_type(q);
   const Cut cut = Cut::of<T>(q.size(2));
   Tensor pooled_values = empty({heads, m, channels}, type, q), pooled_mass = empty({heads, m}, type, q);
-  pool<T>(data<T>(inverse), data<T>(sums), data<T>(mass), heads, m, channels, data<T>(pooled_values), data<T>(pooled_mass), q);
+  pool<T>(data<T>(inverse), data<T>(sums), data<T>(mass), heads, m, channels, data<T>(pooled_values),
+          data<T>(pooled_mass), q);
 
   const int64_t per_group = 2 * kLandmarkBytes<T, DK> + kColumnBytes<T>;
   const int64_t total_size = 2 * size + m + channels;
-  Tensor partials = empty({heads, cut.chunks, total_size}, type, q), totals = empty({heads, total_size}, type, q);
+  Tensor partials = empty({heads, cut.chunks, total_size}, type, q),
+         totals = empty({heads, total_size}, type, q);
   {
-    const int64_t fixed = 3 * kTokenBytes<T, DK> + (kWarps * std::max(kTokens<T>, DK * kWarp) + (kWarps + 2) * kTokens<T>) * sizeof(T);
-    QueryGradientArguments<T> a{view(grad), view(q), view(landmarks), view(dq), static_cast<T>(scale), static_cast<T>(tau)};
+    const int64_t fixed = 3 * kTokenBytes<T, DK> +
+                          (kWarps * std::max(kTokens<T>, DK * kWarp) + (kWarps + 2) * kTokens<T>)*sizeof(T);
+    QueryGradientArguments<T> a{view(grad),         view(q), view(landmarks), view(dq), static_cast<T>(scale),
+                                static_cast<T>(tau)};
     a.groups_per_round = groups_that_fit(m, fixed, per_group);
     a.rounds = rounds_of(m, a.groups_per_round);
     a.cut = cut, a.pooled_values = data<T>(pooled_values), a.pooled_mass = data<T>(pooled_mass);
     a.partials = data<T>(partials), a.partial_size = total_size;
-    launch(query_gradients<T, DK>, heads * cut.chunks, kThreads, fixed + a.groups_per_round * per_group, q, a);
+    launch(query_gradients<T, DK>, heads * cut.chunks, kThreads, fixed + a.groups_per_round * per_group, q,
+           a);
   }
-  reduce<T>({data<T>(partials), heads, cut.chunks, total_size, total_size, nullptr, nullptr, data<T>(totals), {}}, q);
-  const T *dvalues = data<T>(totals), *query_dlandmarks = dvalues + size, *dpooled_mass = query_dlandmarks + size;
+  reduce<T>(
+      {data<T>(partials), heads, cut.chunks, total_size, total_size, nullptr, nullptr, data<T>(totals), {}},
+      q);
+  const T *dvalues = data<T>(totals), *query_dlandmarks = dvalues + size,
+          *dpooled_mass = query_dlandmarks + size;
 
   // dP = A^T dU, dp = A^T dt, dA = dU P^T + dt p^T, dW = -A^T dA A^T.
   Tensor dsums = empty({heads, m, channels}, type, q), dmass = empty({heads, m}, type, q);
   const T* a = data<T>(inverse);
-  Product<T> product{a, dvalues, data<T>(dsums), m, channels, m, m * m, 1, m, total_size, channels, 1, size, channels};
+  Product<T> product{a, dvalues, data<T>(dsums), m,        channels, m,    m * m,
+                     1, m,       total_size,     channels, 1,        size, channels};
   multiply<T>(product, heads, q);
   Product<T> column{a, dpooled_mass, data<T>(dmass), m, 1, m, m * m, 1, m, total_size, 1, 1, m, 1};
   multiply<T>(column, heads, q);
   Tensor dinverse = empty({heads, m, m}, type, q), half = empty({heads, m, m}, type, q);
   Tensor dgram = empty({batch, q.size(1), m, m}, type, q);
-  Product<T> outer{dvalues, data<T>(sums), data<T>(dinverse), m, m, channels, total_size, channels, 1, size, 1, channels, m * m, m};
+  Product<T> outer{dvalues,
+                   data<T>(sums),
+                   data<T>(dinverse),
+                   m,
+                   m,
+                   channels,
+                   total_size,
+                   channels,
+                   1,
+                   size,
+                   1,
+                   channels,
+                   m * m,
+                   m};
   outer.u = dpooled_mass, outer.u_batch = total_size, outer.u_stride = 1;
   outer.v = data<T>(mass), outer.v_batch = m, outer.v_stride = 1;
   multiply<T>(outer, heads, q);
@@ -596,45 +672,66 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
   Product<T> right{data<T>(half), a, data<T>(dgram), m, m, m, m * m, m, 1, m * m, 1, m, m * m, m};
   right.alpha = -1;
   multiply<T>(right, heads, q);
-  Tensor as_rows = empty({batch, q.size(1), m, channels}, type, q), as_columns = empty({batch, q.size(1), m, channels}, type, q);
+  Tensor as_rows = empty({batch, q.size(1), m, channels}, type, q),
+         as_columns = empty({batch, q.size(1), m, channels}, type, q);
   kernel_gradients(dgram, landmarks, landmarks, scale, as_rows, as_columns);
 
-  Tensor key_partials = empty({heads, cut.chunks, m, channels}, type, q), landmark_total = empty({heads, m, channels}, type, q);
+  Tensor key_partials = empty({heads, cut.chunks, m, channels}, type, q),
+         landmark_total = empty({heads, m, channels}, type, q);
   {
     const int64_t fixed = 3 * kTokenBytes<T, DK>;
-    KeyGradientArguments<T> keys{view(k), view(v), view(landmarks), view(dk), view(dv), static_cast<T>(scale)};
+    KeyGradientArguments<T> keys{view(k),  view(v),  view(landmarks),
+                                 view(dk), view(dv), static_cast<T>(scale)};
     keys.groups_per_round = groups_that_fit(m, fixed, per_group);
     keys.rounds = rounds_of(m, keys.groups_per_round);
-    keys.cut = cut, keys.dsums = data<T>(dsums), keys.dmass = data<T>(dmass), keys.mass = data<T>(mass), keys.mean_value = data<T>(mean_value);
+    keys.cut = cut, keys.dsums = data<T>(dsums), keys.dmass = data<T>(dmass), keys.mass = data<T>(mass),
+    keys.mean_value = data<T>(mean_value);
     keys.totals = data<T>(totals), keys.total_size = total_size, keys.grad_sum_at = 2 * size + m;
     keys.partials = data<T>(key_partials);
-    launch(key_gradients<T, DK>, heads * cut.chunks, kThreads, fixed + keys.groups_per_round * per_group, q, keys);
+    launch(key_gradients<T, DK>, heads * cut.chunks, kThreads, fixed + keys.groups_per_round * per_group, q,
+           keys);
   }
-  reduce<T>({data<T>(key_partials), heads, cut.chunks, size, size, data<T>(as_rows), data<T>(as_columns), data<T>(landmark_total), {}}, q);
+  reduce<T>({data<T>(key_partials),
+             heads,
+             cut.chunks,
+             size,
+             size,
+             data<T>(as_rows),
+             data<T>(as_columns),
+             data<T>(landmark_total),
+             {}},
+            q);
   // The query pass's share lies inside its totals: one chunk of its own.
-  reduce<T>({query_dlandmarks, heads, 1, total_size, size, data<T>(landmark_total), nullptr, nullptr, view(dlandmarks)}, q);
+  reduce<T>({query_dlandmarks, heads, 1, total_size, size, data<T>(landmark_total), nullptr, nullptr,
+             view(dlandmarks)},
+            q);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> laplacian_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                                       const Tensor& landmarks, double scale, int64_t iters, double eps,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> laplacian_attention(const Tensor& q, const Tensor& k,
+                                                                       const Tensor& v,
+                                                                       const Tensor& landmarks, double scale,
+                                                                       int64_t iters, double eps,
                                                                        double tau) {
   check_attention(q, k, v, landmarks);
   const OnDeviceOf guard(q);
   const AttentionResults results(q, landmarks);
-  with_tiling(q, [&]<typename T, int DK>() { forward<T, DK>(q, k, v, landmarks, scale, iters, eps, tau, results); });
+  with_tiling(
+      q, [&]<typename T, int DK>() { forward<T, DK>(q, k, v, landmarks, scale, iters, eps, tau, results); });
   return results.tuple();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
-                                                                        const Tensor& v, const Tensor& landmarks, const Tensor& inverse,
-                                                                        const Tensor& sums, const Tensor& mass, const Tensor& mean_value,
-                                                                        double scale, double tau) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks,
+    const Tensor& inverse, const Tensor& sums, const Tensor& mass, const Tensor& mean_value, double scale,
+    double tau) {
   check_attention(q, k, v, landmarks);
   check_same(grad, q, 0, 4, "the gradient and q");
   const OnDeviceOf guard(q);
-  Tensor dq = empty_tokens(q), dk = empty_tokens(k), dv = empty_tokens(v), dlandmarks = empty_tokens(landmarks);
+  Tensor dq = empty_tokens(q), dk = empty_tokens(k), dv = empty_tokens(v),
+         dlandmarks = empty_tokens(landmarks);
   with_tiling(q, [&]<typename T, int DK>() {
-    backward<T, DK>(grad, q, k, v, landmarks, inverse, sums, mass, mean_value, scale, tau, dq, dk, dv, dlandmarks);
+    backward<T, DK>(grad, q, k, v, landmarks, inverse, sums, mass, mean_value, scale, tau, dq, dk, dv,
+                    dlandmarks);
   });
   return {dq, dk, dv, dlandmarks};
 }

@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) forward(cons
   T* columns = reinterpret_cast<T*>(landmarks + a.groups_per_round * kGroup * kQuads<DK>);
   const int64_t head = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * kTokens<T>;
   const Rows x = Rows::of(a.x, head), y = Rows::of(a.y, head), out = Rows::of(a.out, head);
-  const int m = static_cast<int>(a.y.size[2]), count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.x.size[2] - first));
+  const int m = static_cast<int>(a.y.size[2]),
+            count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.x.size[2] - first));
   const int per_round = a.groups_per_round * kGroup;
   load_tokens<T, DK>(x, first, count, tokens);
   for (int round = 0; round < a.rounds; ++round) {
@@ -28,14 +29,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) forward(cons
     __syncthreads();
     if (group.count > 0) {
       Columns<T> values;
-      kernel_columns<T, DK>(tokens, landmarks + group.row * kQuads<DK>, x.channels, count, group.count, a.scale, values);
+      kernel_columns<T, DK>(tokens, landmarks + group.row * kQuads<DK>, x.channels, count, group.count,
+                            a.scale, values);
       put_columns<T>(values, columns + group.row * kColumnStride<T>);
     }
     __syncthreads();
     const int width = min(per_round, m - round * per_round);
     for (int index = threadIdx.x; index < count * width; index += kThreads) {
       const int token = index / width, column = index % width;
-      store<T>(out.at(first + token, round * per_round + column), out.dtype, columns[column * kColumnStride<T> + token]);
+      store<T>(out.at(first + token, round * per_round + column), out.dtype,
+               columns[column * kColumnStride<T> + token]);
     }
     __syncthreads();
   }
@@ -59,7 +62,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(con
   T* columns = reinterpret_cast<T*>(landmarks + a.groups_per_round * kGroup * kQuads<DK>);
   const int lane = threadIdx.x % kWarp;
   const int64_t head = blockIdx.x / a.cut.chunks, chunk = blockIdx.x % a.cut.chunks;
-  const Rows grad = Rows::of(a.grad, head), x = Rows::of(a.x, head), y = Rows::of(a.y, head), dx = Rows::of(a.dx, head);
+  const Rows grad = Rows::of(a.grad, head), x = Rows::of(a.x, head), y = Rows::of(a.y, head),
+             dx = Rows::of(a.dx, head);
   const int m = static_cast<int>(a.y.size[2]), per_round = a.groups_per_round * kGroup;
   T* partial = a.partials + blockIdx.x * static_cast<int64_t>(m) * x.channels;
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
@@ -81,7 +85,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(con
       T* own = columns + group.row * kColumnStride<T>;
       if (group.count > 0) {
         Columns<T> values;
-        kernel_columns<T, DK>(tokens, landmarks + group.row * kQuads<DK>, x.channels, count, group.count, a.scale, values);
+        kernel_columns<T, DK>(tokens, landmarks + group.row * kQuads<DK>, x.channels, count, group.count,
+                              a.scale, values);
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
@@ -107,7 +112,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) reduce_partials(const Reduction<T> a) {
   __shared__ T parts[kSlices][kWarp];
   const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
-  const int64_t blocks = (a.size + kWarp - 1) / kWarp, head = blockIdx.x / blocks, index = blockIdx.x % blocks * kWarp + lane;
+  const int64_t blocks = (a.size + kWarp - 1) / kWarp, head = blockIdx.x / blocks,
+                index = blockIdx.x % blocks * kWarp + lane;
   T sum = 0;
   if (index < a.size) {
     const T* from = a.partials + head * a.chunks * a.stride + index;
@@ -136,7 +142,8 @@ Tensor laplacian_kernel(const Tensor& x, const Tensor& y, double scale) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> laplacian_kernel_backward(const Tensor& grad, const Tensor& x, const Tensor& y, double scale) {
+std::tuple<Tensor, Tensor> laplacian_kernel_backward(const Tensor& grad, const Tensor& x, const Tensor& y,
+                                                     double scale) {
   check_kernel_gradient(grad, x, y);
   const OnDeviceOf guard(x);
   Tensor dx = empty_tokens(x), dy = empty_tokens(y);
@@ -180,31 +187,38 @@ Tensor arithmetic_floor(const Tensor& like, int64_t pairs) {
 
 void kernel_matrix(const Tensor& x, const Tensor& y, double scale, const Tensor& out) {
   with_tiling(x, [&]<typename T, int DK>() {
-    ForwardArguments<T> a{view(x), view(y), view(out), static_cast<T>(scale), 0, 0, (x.size(2) + kTokens<T> - 1) / kTokens<T>};
-    a.groups_per_round = groups_that_fit(y.size(2), kTokenBytes<T, DK>, kLandmarkBytes<T, DK> + kColumnBytes<T>);
+    ForwardArguments<T> a{
+        view(x), view(y), view(out), static_cast<T>(scale), 0, 0, (x.size(2) + kTokens<T> - 1) / kTokens<T>};
+    a.groups_per_round =
+        groups_that_fit(y.size(2), kTokenBytes<T, DK>, kLandmarkBytes<T, DK> + kColumnBytes<T>);
     a.rounds = rounds_of(y.size(2), a.groups_per_round);
     const int64_t bytes = kTokenBytes<T, DK> + a.groups_per_round * (kLandmarkBytes<T, DK> + kColumnBytes<T>);
     launch(forward<T, DK>, a.x.heads() * a.tiles, kThreads, bytes, x, a);
   });
 }
 
-void kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& y, double scale, const Tensor& dx, const Tensor& dy) {
+void kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& y, double scale, const Tensor& dx,
+                      const Tensor& dy) {
   with_tiling(x, [&]<typename T, int DK>() {
     const int64_t heads = x.size(0) * x.size(1), m = y.size(2), channels = x.size(3);
     const Cut cut = Cut::of<T>(x.size(2));
     Tensor partials = empty({heads, cut.chunks, m, channels}, compute_type(x), x);
-    BackwardArguments<T> a{view(grad), view(x), view(y), view(dx), static_cast<T>(scale), 0, 0, cut, data<T>(partials)};
+    BackwardArguments<T> a{view(grad), view(x), view(y), view(dx),         static_cast<T>(scale),
+                           0,          0,       cut,     data<T>(partials)};
     const int64_t fixed = 2 * kTokenBytes<T, DK>, per_group = kLandmarkBytes<T, DK> + kColumnBytes<T>;
     a.groups_per_round = groups_that_fit(m, fixed, per_group);
     a.rounds = rounds_of(m, a.groups_per_round);
     launch(backward<T, DK>, heads * cut.chunks, kThreads, fixed + a.groups_per_round * per_group, x, a);
-    reduce<T>({data<T>(partials), heads, cut.chunks, m * channels, m * channels, nullptr, nullptr, nullptr, view(dy)}, x);
+    reduce<T>({data<T>(partials), heads, cut.chunks, m * channels, m * channels, nullptr, nullptr, nullptr,
+               view(dy)},
+              x);
   });
 }
 
 template <typename T>
 void reduce(const Reduction<T>& reduction, const Tensor& like) {
-  launch(reduce_partials<T>, reduction.heads * ((reduction.size + kWarp - 1) / kWarp), kThreads, 0, like, reduction);
+  launch(reduce_partials<T>, reduction.heads * ((reduction.size + kWarp - 1) / kWarp), kThreads, 0, like,
+         reduction);
 }
 
 template void reduce<float>(const Reduction<float>&, const Tensor&);

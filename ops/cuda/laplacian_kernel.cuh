@@ -7,11 +7,13 @@ namespace lf {
 // kappa(x, y) into `out`, of any dtype.
 void kernel_matrix(const Tensor& x, const Tensor& y, double scale, const Tensor& out);
 
-// dx and dy of kappa(x, y) for the gradient `grad`, all (batch, heads, rows, channels); partial sums in between.
-void kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& y, double scale, const Tensor& dx, const Tensor& dy);
+// dx and dy of kappa(x, y) for the gradient `grad`, all (batch, heads, rows, channels); partial sums in
+// between.
+void kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& y, double scale, const Tensor& dx,
+                      const Tensor& dy);
 
-// Sums `chunks` partial arrays of `size` per head, and up to two more arrays, into `out` of the same (heads, rows, channels): the partials
-// are `stride` apart.
+// Sums `chunks` partial arrays of `size` per head, and up to two more arrays, into `out` of the same (heads,
+// rows, channels): the partials are `stride` apart.
 template <typename T>
 struct Reduction {
   const T* partials;

@@ -4,7 +4,8 @@ namespace lf {
 namespace {
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) invert_small(const T* w, int m, int iters, double eps, T* inverse) {
+__global__ void __launch_bounds__(kThreads)
+    invert_small(const T* w, int m, int iters, double eps, T* inverse) {
   LF_SHARED_MEMORY(memory);
   T* packed = reinterpret_cast<T*>(memory);
   const int side = padded_to_four(m);
@@ -19,7 +20,8 @@ __global__ void __launch_bounds__(kThreads) invert_small(const T* w, int m, int 
 
 // One block a matrix: w + eps I, its largest row sum, and the start of the iteration.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) start_large(const T* w, int64_t m, double eps, T* ridged, T* bound, T* x) {
+__global__ void __launch_bounds__(kThreads)
+    start_large(const T* w, int64_t m, double eps, T* ridged, T* bound, T* x) {
   __shared__ T largest[kThreads];
   const int64_t offset = blockIdx.x * m * m;
   T own = 0;
@@ -42,9 +44,11 @@ __global__ void __launch_bounds__(kThreads) start_large(const T* w, int64_t m, d
 }
 
 template <typename T>
-void invert_large(const T* w, int64_t batch, int64_t m, int64_t iters, double eps, T* inverse, const Tensor& like) {
+void invert_large(const T* w, int64_t batch, int64_t m, int64_t iters, double eps, T* inverse,
+                  const Tensor& like) {
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  Tensor ridged = empty({batch, m, m}, type, like), y = empty({batch, m, m}, type, like), first = empty({batch, m, m}, type, like);
+  Tensor ridged = empty({batch, m, m}, type, like), y = empty({batch, m, m}, type, like),
+         first = empty({batch, m, m}, type, like);
   Tensor second = empty({batch, m, m}, type, like), bound = empty({batch}, type, like);
   T *x = data<T>(first), *next = data<T>(second);
   launch(start_large<T>, batch, kThreads, 0, like, w, m, eps, data<T>(ridged), data<T>(bound), x);
@@ -70,7 +74,8 @@ Tensor newton_schulz_inverse(const Tensor& w, int64_t iters, double eps) {
   const OnDeviceOf guard(w);
   Tensor packed = torch::stable::contiguous(w), out = torch::stable::empty_like(packed);
   const int64_t m = w.size(-1), batch = m ? w.numel() / (m * m) : 0;
-  with_compute_type(w, [&]<typename T>(T) { invert<T>(data<T>(packed), batch, m, iters, eps, data<T>(out), w); });
+  with_compute_type(
+      w, [&]<typename T>(T) { invert<T>(data<T>(packed), batch, m, iters, eps, data<T>(out), w); });
   return out;
 }
 
@@ -91,6 +96,4 @@ template void invert<double>(const double*, int64_t, int64_t, int64_t, double, d
 
 }  // namespace lf
 
-LF_IMPLEMENT(LF_CUDA_KEY, m) {
-  m.impl("newton_schulz_inverse", TORCH_BOX(&lf::newton_schulz_inverse));
-}
+LF_IMPLEMENT(LF_CUDA_KEY, m) { m.impl("newton_schulz_inverse", TORCH_BOX(&lf::newton_schulz_inverse)); }

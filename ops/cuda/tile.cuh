@@ -1,5 +1,6 @@
-// A block of 8 warps on a tile of tokens: each warp takes kGroup landmarks, each lane kPerLane tokens (for what lies between tokens and
-// landmarks) or every 32nd channel (for sums over tokens). docs/operators.md derives the sizes from the instruction floor.
+// A block of 8 warps on a tile of tokens: each warp takes kGroup landmarks, each lane kPerLane tokens (for
+// what lies between tokens and landmarks) or every 32nd channel (for sums over tokens). docs/operators.md
+// derives the sizes from the instruction floor.
 #pragma once
 
 #include "device.cuh"
@@ -12,7 +13,8 @@ template <typename T>
 constexpr int kPerLane = sizeof(T) == 4 ? 2 : 1;
 template <typename T>
 constexpr int kTokens = kWarp * kPerLane<T>;
-// Strides that keep shared memory free of bank conflicts: one Four more than the tokens, one Four more than a row of columns.
+// Strides that keep shared memory free of bank conflicts: one Four more than the tokens, one Four more than a
+// row of columns.
 template <typename T>
 constexpr int kTokenStride = kTokens<T> + 1;
 template <typename T>
@@ -65,15 +67,18 @@ struct Group {
   }
 };
 
-// Channel quads added up before their sum joins the rest: long chains of additions would gather rounding errors.
+// Channel quads added up before their sum joins the rest: long chains of additions would gather rounding
+// errors.
 constexpr int kSummedQuads = 8;
 
 template <typename T>
 using Columns = T[kGroup][kPerLane<T>];
 
-// sum[j][i] += term(token's channel, landmark's channel) over some quads of channels, for the lanes' tokens and the warp's landmarks.
+// sum[j][i] += term(token's channel, landmark's channel) over some quads of channels, for the lanes' tokens
+// and the warp's landmarks.
 template <typename T, int DK, typename Term>
-__device__ inline void add_channels(const Four<T>* tokens, const Four<T>* landmarks, int first_quad, int end_quad, Term term, Columns<T>& sum) {
+__device__ inline void add_channels(const Four<T>* tokens, const Four<T>* landmarks, int first_quad,
+                                    int end_quad, Term term, Columns<T>& sum) {
   const int lane = threadIdx.x % kWarp;
   for (int quad = first_quad; quad < end_quad; ++quad) {
     Four<T> here[kPerLane<T>];
@@ -102,13 +107,15 @@ __device__ inline void clear_columns(Columns<T>& columns) {
 
 // kappa between the lanes' tokens and the warp's landmarks, 0 beyond the real ones.
 template <typename T, int DK>
-__device__ inline void kernel_columns(const Four<T>* tokens, const Four<T>* landmarks, int channels, int token_count, int group_count, T scale,
-                                      Columns<T>& out) {
+__device__ inline void kernel_columns(const Four<T>* tokens, const Four<T>* landmarks, int channels,
+                                      int token_count, int group_count, T scale, Columns<T>& out) {
   const int lane = threadIdx.x % kWarp, quads = (channels + 3) / 4;
   clear_columns<T>(out);
   for (int first = 0; first < quads; first += kSummedQuads) {
     Columns<T> sum = {};
-    add_channels<T, DK>(tokens, landmarks, first, min(quads, first + kSummedQuads), [](T x, T y) { return absolute(x - y); }, sum);
+    add_channels<T, DK>(
+        tokens, landmarks, first, min(quads, first + kSummedQuads), [](T x, T y) { return absolute(x - y); },
+        sum);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
@@ -128,7 +135,8 @@ __device__ inline void kernel_columns(const Four<T>* tokens, const Four<T>* land
 
 // Inner products of the lanes' tokens with the warp's landmark rows.
 template <typename T, int DK>
-__device__ inline void product_columns(const Four<T>* tokens, const Four<T>* landmarks, int channels, Columns<T>& out) {
+__device__ inline void product_columns(const Four<T>* tokens, const Four<T>* landmarks, int channels,
+                                       Columns<T>& out) {
   clear_columns<T>(out);
   add_channels<T, DK>(tokens, landmarks, 0, (channels + 3) / 4, [](T x, T y) { return x * y; }, out);
 }
@@ -157,7 +165,8 @@ __device__ inline void sum_over_tokens(const T* columns, Four<T>* tokens, T (&su
   for (int token = 0; token < kTokens<T>; token += 4) {
     Four<T> weights[kGroup];
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) weights[j] = *reinterpret_cast<const Four<T>*>(columns + j * kColumnStride<T> + token);
+    for (int j = 0; j < kGroup; ++j)
+      weights[j] = *reinterpret_cast<const Four<T>*>(columns + j * kColumnStride<T> + token);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
       T value[DK];
@@ -176,9 +185,11 @@ __device__ inline void sum_over_tokens(const T* columns, Four<T>* tokens, T (&su
 template <typename T>
 constexpr int kOwn = kTokens<T> / kWarps;
 
-// out[i][k] += sum over a round's landmarks of column times the landmark's channel lane + 32 k, for the warp's own tokens.
+// out[i][k] += sum over a round's landmarks of column times the landmark's channel lane + 32 k, for the
+// warp's own tokens.
 template <typename T, int DK>
-__device__ inline void sum_over_landmarks(const T* columns, const Four<T>* landmarks, int rows, T (&out)[kOwn<T>][DK]) {
+__device__ inline void sum_over_landmarks(const T* columns, const Four<T>* landmarks, int rows,
+                                          T (&out)[kOwn<T>][DK]) {
   const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kOwn<T>;
   const T* channels = reinterpret_cast<const T*>(landmarks);
   for (int row = 0; row < rows; ++row) {
@@ -197,7 +208,8 @@ __device__ inline void sum_over_landmarks(const T* columns, const Four<T>* landm
   }
 }
 
-// Per channel, the sum over the tile's tokens; `parts` holds kWarps rows of 32 DK, thread c gets channel c's sum. Two barriers inside.
+// Per channel, the sum over the tile's tokens; `parts` holds kWarps rows of 32 DK, thread c gets channel c's
+// sum. Two barriers inside.
 template <typename T, int DK>
 __device__ inline T channel_sum(Four<T>* tokens, T* parts) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -218,12 +230,12 @@ __device__ inline T channel_sum(Four<T>* tokens, T* parts) {
   return total;
 }
 
-// Gradients of an L1 distance: with t = w_ij sign(x_ic - y_jc), token i loses t and landmark j gains it. Each warp has its landmarks' rows
-// of `columns` (w); the warps take turns on eighths of the tokens, so that no two write one token at a time, in an order that is always
-// the same. All warps of the block must come here.
+// Gradients of an L1 distance: with t = w_ij sign(x_ic - y_jc), token i loses t and landmark j gains it. Each
+// warp has its landmarks' rows of `columns` (w); the warps take turns on eighths of the tokens, so that no
+// two write one token at a time, in an order that is always the same. All warps of the block must come here.
 template <typename T, int DK>
-__device__ inline void sign_gradients(const T* columns, Four<T>* tokens, const Four<T>* landmarks, bool active, Four<T>* dtokens,
-                                      T (&dlandmarks)[kGroup][DK]) {
+__device__ inline void sign_gradients(const T* columns, Four<T>* tokens, const Four<T>* landmarks,
+                                      bool active, Four<T>* dtokens, T (&dlandmarks)[kGroup][DK]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const T* channels = reinterpret_cast<const T*>(landmarks);
   T there[kGroup][DK];
@@ -243,7 +255,8 @@ __device__ inline void sign_gradients(const T* columns, Four<T>* tokens, const F
       for (int i = 0; i < kOwn<T>; i += 2) {
         Two<T> weights[kGroup];
 #pragma unroll
-        for (int j = 0; j < kGroup; ++j) weights[j] = *reinterpret_cast<const Two<T>*>(columns + j * kColumnStride<T> + first + i);
+        for (int j = 0; j < kGroup; ++j)
+          weights[j] = *reinterpret_cast<const Two<T>*>(columns + j * kColumnStride<T> + first + i);
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
 #pragma unroll
@@ -275,13 +288,16 @@ template <typename T, int DK>
 __device__ inline void store_tokens(Four<T>* tokens, const Rows& rows, int64_t first, int count) {
   for (int index = threadIdx.x; index < count * DK * kWarp; index += kThreads) {
     const int channel = index % (DK * kWarp), token = index / (DK * kWarp);
-    if (channel < rows.channels) store<T>(rows.at(first + token, channel), rows.dtype, token_channel(tokens, token, channel));
+    if (channel < rows.channels)
+      store<T>(rows.at(first + token, channel), rows.dtype, token_channel(tokens, token, channel));
   }
 }
 
-// The warp's per-landmark sums into the chunk's partial sums (stride `channels`): set by the chunk's first tile, added to by the others.
+// The warp's per-landmark sums into the chunk's partial sums (stride `channels`): set by the chunk's first
+// tile, added to by the others.
 template <typename T, int DK>
-__device__ inline void add_rows(const T (&sum)[kGroup][DK], const Group& group, int channels, bool set, T* partial) {
+__device__ inline void add_rows(const T (&sum)[kGroup][DK], const Group& group, int channels, bool set,
+                                T* partial) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
@@ -333,7 +349,9 @@ struct Cut {
 inline int groups_that_fit(int64_t m, int64_t fixed_bytes, int64_t bytes_per_group) {
   const int64_t groups = std::max<int64_t>(1, (m + kGroup - 1) / kGroup);
   const int64_t fit = std::min<int64_t>((shared_memory_limit() - fixed_bytes) / bytes_per_group, kWarps);
-  STD_TORCH_CHECK(fit >= 1, "lf_dense: this GPU has too little shared memory for so many channels a head; use the backend 'reference'.");
+  STD_TORCH_CHECK(fit >= 1,
+                  "lf_dense: this GPU has too little shared memory for so many channels a head; use the "
+                  "backend 'reference'.");
   const int64_t rounds = (groups + fit - 1) / fit;
   return static_cast<int>((groups + rounds - 1) / rounds);
 }
@@ -354,7 +372,9 @@ inline int rounds_of(int64_t m, int groups_per_round) {
 template <typename Run>
 void with_tiling(const Tensor& points, const Run& run) {
   const int64_t channels = points.size(3), vectors = (channels + kWarp - 1) / kWarp;
-  STD_TORCH_CHECK(vectors <= 4, "lf_dense: the CUDA operators take up to 128 channels a head, and these have ", channels, ".");
+  STD_TORCH_CHECK(vectors <= 4,
+                  "lf_dense: the CUDA operators take up to 128 channels a head, and these have ", channels,
+                  ".");
   if (points.scalar_type() == ScalarType::Double) {
     vectors <= 2 ? run.template operator()<double, 2>() : run.template operator()<double, 4>();
   } else if (vectors <= 1) {

@@ -1,4 +1,4 @@
-"""The emulation of the CUDA sources: its own checks, and that no operator relies on a barrier that is not there."""
+"""The emulation of the CUDA sources: its own checks, and no operator that relies on a missing barrier."""
 
 import os
 import shlex
@@ -20,19 +20,11 @@ def test_emulation_catches_what_a_gpu_would_get_wrong(tmp_path):
         pytest.skip("the CUDA toolkit's headers are not there")
     program = tmp_path / "selftest"
     source = emulated.EMULATION / "selftest.cpp"
-    compiler = os.environ.get("CXX", "g++")
-    emulated.run(
-        f"{compiler} -std=c++20 -O1 -I{emulated.EMULATION} -isystem {headers} {shlex.quote(str(source))} -o"
-        f" {program}"
-    )
+    compiler = f"{os.environ.get('CXX', 'g++')} -std=c++20 -O1 -I{emulated.EMULATION} -isystem {headers}"
+    emulated.run(f"{compiler} {shlex.quote(str(source))} -o {program}")
     for order in ORDERS:
-        done = subprocess.run(
-            [program],
-            env={**os.environ, "LF_EMULATION_ORDER": order},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        env = {**os.environ, "LF_EMULATION_ORDER": order}
+        done = subprocess.run([program], env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.strip().endswith("ok")
 
@@ -51,14 +43,13 @@ def test_threads_may_run_in_any_order(shape, dtype, monkeypatch):
         for order in ORDERS:
             monkeypatch.setenv("LF_EMULATION_ORDER", order)
             torch.manual_seed(1)
-            results.append(
-                [
-                    laplacian_attention(*inputs),
-                    *gradients(laplacian_attention, inputs, weight),
-                    *gradients(laplacian_kernel, [inputs[0], inputs[3]], upstream),
-                    newton_schulz_inverse(gram(shape["m"], 0.5, dtype)),
-                ]
-            )
+            everything = [
+                laplacian_attention(*inputs),
+                *gradients(laplacian_attention, inputs, weight),
+                *gradients(laplacian_kernel, [inputs[0], inputs[3]], upstream),
+                newton_schulz_inverse(gram(shape["m"], 0.5, dtype)),
+            ]
+            results.append(everything)
     for other in results[1:]:
         assert all(torch.equal(mine, right) for mine, right in zip(other, results[0]))
 
@@ -92,7 +83,7 @@ def assert_rounds_like_the_reference(inputs, weight):
         got = everything(weight.dtype)
     with use_backend("reference"):
         plain, exact = everything(weight.dtype), everything(torch.float64)
-    # Two float64 computations part by their own rounding, of which there is no plainer one to compare with.
+    # Two float64 computations differ by their own rounding, and nothing more exact is there to compare with.
     floor = 1e-12 if weight.dtype == torch.float64 else 10 * torch.finfo(weight.dtype).eps
     for mine, other, right in zip(got, plain, exact):
         assert relative_error(mine, right) <= 2 * relative_error(other, right) + floor

@@ -1,4 +1,4 @@
-"""The mathematics of every backend against METHOD.md written out literally, with its N x N matrices."""
+"""The mathematics of every backend against docs/method.md written out literally, with its N x N matrices."""
 
 import pytest
 import torch
@@ -82,10 +82,12 @@ def test_attention_rounds_like_plain_pytorch(normalization, spread, dtype):
 def test_gradients_round_like_plain_pytorch(normalization, spread):
     inputs = make_inputs(n=196, d=16, m=49, spread=spread, dtype=torch.float32)
     weight = torch.randn_like(inputs[2])
-    exact = gradients(
-        lambda *x: literal_attention(*x, normalization), [x.double() for x in inputs], weight.double()
-    )
-    plain = gradients(lambda *x: literal_attention(*x, normalization), inputs, weight)
+
+    def literal(*x):
+        return literal_attention(*x, normalization)
+
+    exact = gradients(literal, [x.double() for x in inputs], weight.double())
+    plain = gradients(literal, inputs, weight)
     got = gradients(lambda *x: laplacian_attention(*x, normalization=normalization), inputs, weight)
     for name, g, p, e in zip("qkvl", got, plain, exact):
         assert relative_error(g, e) <= 2 * relative_error(p, e) + 4e-7, name
@@ -128,18 +130,16 @@ def test_solver_at_an_almost_blank_image(m, spread):
     w = gram(m, spread)
     exact = exact_inverse(w.double())
     plain_error = relative_error(exact_inverse(w), exact)
-    # Rounding grows with the condition number m / eps whoever inverts, here further than at landmarks that
-    # are all equal.
+    # Rounding grows with the condition number m / eps, whoever inverts.
     assert relative_error(newton_schulz_inverse(w), exact) <= max(1e-4, 2 * plain_error)
 
 
 def test_solver_converges_for_every_input_as_its_bound_says():
     for m in (49, 196):
         for w in (torch.ones(m, m), gram(m, 0.3)[0], torch.eye(m)):
-            errors = [
-                relative_error(newton_schulz_inverse(w.double(), iters), exact_inverse(w.double()))
-                for iters in (6, 10, 14)
-            ]
+            exact = exact_inverse(w.double())
+            solved = [newton_schulz_inverse(w.double(), iters) for iters in (6, 10, 14)]
+            errors = [relative_error(inverse, exact) for inverse in solved]
             assert errors[1] <= 1e-5
             assert errors[2] <= 1e-12
             assert errors[0] >= errors[1] >= errors[2] or errors[1] < 1e-12
@@ -170,12 +170,10 @@ def upsample(x, height, width):
 def test_repeating_every_token_changes_nothing(normalization, dtype):
     q, k, v, landmarks = make_inputs(n=6 * 8, d=16, m=12, dtype=dtype)
     once = laplacian_attention(q, k, v, landmarks, normalization=normalization)
-    twice = laplacian_attention(
-        *(upsample(x, 6, 8) for x in (q, k, v)), landmarks, normalization=normalization
-    )
-    torch.testing.assert_close(
-        twice, upsample(once, 6, 8), rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12
-    )
+    doubled = [upsample(x, 6, 8) for x in (q, k, v)]
+    twice = laplacian_attention(*doubled, landmarks, normalization=normalization)
+    atol = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(twice, upsample(once, 6, 8), rtol=0, atol=atol)
 
 
 def test_queries_beyond_the_box_of_the_keys_are_told_apart():
@@ -218,8 +216,7 @@ def test_an_image_alone_is_the_image_in_a_batch(normalization, shape):
     got = laplacian_attention(*inputs, normalization=normalization)
     for index in range(3):
         alone = laplacian_attention(*(x[index : index + 1] for x in inputs), normalization=normalization)
-        # torch's batched product takes another path for one small matrix, so the last bits may differ with
-        # the batch's size.
+        # torch multiplies one small matrix in another way than a batch, so the last bits may differ.
         torch.testing.assert_close(got[index], alone[0], rtol=1e-5, atol=1e-5)
 
 
@@ -227,9 +224,8 @@ def test_an_image_alone_is_the_image_in_a_batch(normalization, shape):
 def test_tokens_have_no_order(normalization):
     q, k, v, landmarks = make_inputs()
     queries, keys = torch.randperm(60), torch.randperm(60)
-    got = laplacian_attention(
-        q[..., queries, :], k[..., keys, :], v[..., keys, :], landmarks, normalization=normalization
-    )
+    shuffled = (q[..., queries, :], k[..., keys, :], v[..., keys, :])
+    got = laplacian_attention(*shuffled, landmarks, normalization=normalization)
     expected = laplacian_attention(q, k, v, landmarks, normalization=normalization)[..., queries, :]
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
 
@@ -244,8 +240,7 @@ def test_kernel_and_solver_gradcheck():
     x, y = (torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True) for n in (5, 4))
     assert gradcheck(laplacian_kernel, (x, y))
     assert gradcheck(newton_schulz_inverse, (gram(5, 1.0, torch.float64).requires_grad_(),))
-    # One step away from the all-ones matrix the bound on the spectrum no longer holds, so the check is at a
-    # point inside.
+    # A step beyond the all-ones matrix breaks the bound on the spectrum, so the check is at a point inside.
     assert gradcheck(newton_schulz_inverse, (gram(4, 0.05, torch.float64).requires_grad_(),))
 
 

@@ -1,4 +1,8 @@
-"""The native operators as operators: registration, compilation, repetition, instruction sets, and what they say when they cannot serve."""
+"""The native operators as operators.
+
+How they are registered, compiled and repeated, on which instruction sets they run, and what they say when
+they cannot serve.
+"""
 
 import logging
 import os
@@ -16,9 +20,8 @@ from support.literal import gradients, gram, kappa, literal_attention, make_inpu
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-needs_native = pytest.mark.skipif(
-    native.library_obstacle("cpu") is not None, reason=str(native.library_obstacle("cpu"))
-)
+obstacle = native.library_obstacle("cpu")
+needs_native = pytest.mark.skipif(obstacle is not None, reason=str(obstacle))
 on_each_backend = pytest.mark.usefixtures("each_backend")
 each_device = pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,20 +39,17 @@ def test_the_development_environment_has_the_operators():
 def operator_calls(device, dtype):
     """Each operator's name and arguments, in the layout of projections."""
     ops = torch.ops.lf_dense
-    q, k, v = (
-        torch.randn(2, 40, 2, 8, device=device).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3)
-    )
+    projected = [torch.randn(2, 40, 2, 8, device=device).to(dtype) for _ in range(3)]
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in projected)
     landmarks = torch.randn(2, 2, 5, 8, device=device).to(dtype).requires_grad_()
     wide = native.compute_dtype(dtype)
     w = kappa(landmarks.detach().to(wide), landmarks.detach().to(wide)).requires_grad_()
     saved = [x.detach() for x in ops.laplacian_attention(q, k, v, landmarks, 4.0, 10, 1e-2, 1e-2)[1:]]
     plain = [x.detach() for x in (q, k, v, landmarks)]
+    kernel_gradient = torch.randn(2, 2, 40, 5, device=device).to(dtype)
     return [
         (ops.laplacian_kernel, (q, landmarks, 4.0)),
-        (
-            ops.laplacian_kernel_backward,
-            (torch.randn(2, 2, 40, 5, device=device).to(dtype), plain[0], plain[3], 4.0),
-        ),
+        (ops.laplacian_kernel_backward, (kernel_gradient, plain[0], plain[3], 4.0)),
         (ops.newton_schulz_inverse, (w, 10, 1e-2)),
         (ops.laplacian_attention, (q, k, v, landmarks, 4.0, 10, 1e-2, 1e-2)),
         (ops.laplacian_attention_backward, (torch.randn_like(plain[2]), *plain, *saved, 4.0, 1e-2)),
@@ -61,7 +61,7 @@ def operator_calls(device, dtype):
 @each_dtype
 def test_opcheck(device, dtype):
     for operator, args in operator_calls(device, dtype):
-        # Rounding apart, the second run of the check goes through torch.compile's tracing.
+        # The second run of the check goes through torch.compile's tracing.
         torch.library.opcheck(operator, args)
 
 
@@ -79,9 +79,8 @@ def test_outputs_lie_as_projections_do(device):
 def test_compiles_without_a_graph_break_and_once_for_all_sizes(device):
     def step(q, k, v, landmarks):
         gram = laplacian_kernel(landmarks, landmarks, backend="native")
-        return laplacian_attention(q, k, v, landmarks, backend="native"), newton_schulz_inverse(
-            gram, backend="native"
-        )
+        inverse = newton_schulz_inverse(gram, backend="native")
+        return laplacian_attention(q, k, v, landmarks, backend="native"), inverse
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -157,35 +156,34 @@ def test_memory_that_nobody_wrote_is_not_read(dtype, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     inputs = make_inputs(n=150, m=9, d=12, dtype=dtype)
     weight = torch.randn(inputs[2].shape).to(dtype)
-    expected = [
-        laplacian_attention(*inputs),
-        *gradients(laplacian_attention, inputs, weight),
-        laplacian_kernel(inputs[0], inputs[3]),
-    ]
+
+    def everything():
+        grads = gradients(laplacian_attention, inputs, weight)
+        return [laplacian_attention(*inputs), *grads, laplacian_kernel(inputs[0], inputs[3])]
+
+    expected = everything()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(4).isnan().all()
-        got = [
-            laplacian_attention(*inputs),
-            *gradients(laplacian_attention, inputs, weight),
-            laplacian_kernel(inputs[0], inputs[3]),
-        ]
+        got = everything()
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(x, y) for x, y in zip(got, expected))
 
 
+NAMES = """
+import torch
+from lf_dense import laplacian_attention, laplacian_kernel
+from support.literal import gradients, make_inputs
+"""
+
+
 def run_native(code, **environment):
-    """Run lines on the native backend in a process of their own; returns what they printed."""
-    names = (
-        "import torch\nfrom support.literal import gradients, make_inputs\nfrom lf_dense import"
-        " laplacian_attention, laplacian_kernel\n"
-    )
+    """Run lines on the native backend in a process of their own, and return what they printed."""
     path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, "LF_DENSE_BACKEND": "native", **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", names + code], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", NAMES + code]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -198,8 +196,8 @@ torch.manual_seed(0)
 for dtype in (torch.float64, torch.float32, torch.bfloat16):
     inputs = make_inputs(n=150, m=9, d=12, dtype=dtype)
     weight = torch.randn(inputs[2].shape).to(dtype)
-    for x in (laplacian_attention(*inputs), *gradients(laplacian_attention, inputs, weight),
-    laplacian_kernel(inputs[0], inputs[3])):
+    grads = gradients(laplacian_attention, inputs, weight)
+    for x in (laplacian_attention(*inputs), *grads, laplacian_kernel(inputs[0], inputs[3])):
         print(x.double().sum().item().hex())
 """
     runs = [run_native(code, OMP_NUM_THREADS="1", **extra) for extra in ({}, {"MALLOC_PERTURB_": "128"})]
@@ -223,8 +221,7 @@ def test_the_same_bits_every_time():
 
 @needs_native
 def test_the_same_bits_on_any_number_of_threads():
-    # In a process of its own: once torch.set_num_threads was called, torch 2.13's linalg.inv, which other
-    # tests compare with, is wrong.
+    # In a process of its own: after torch.set_num_threads, torch 2.13's linalg.inv is wrong for other tests.
     code = """
 torch.manual_seed(0)
 inputs = make_inputs(n=1500, d=16, m=49, dtype=torch.float32)
@@ -293,9 +290,7 @@ def test_offsets_beyond_31_bits():
 @pytest.mark.parametrize("m", [57, 196, 260])
 def test_many_landmarks_and_wide_heads(m, each_backend):
     if each_backend.startswith("reference"):
-        pytest.skip(
-            "torch.cdist adds 128 channels up in one chain, and so with more rounding than the literal sum"
-        )
+        pytest.skip("torch.cdist adds 128 channels in one chain, which rounds more than the literal sum")
     d = 128
     inputs = make_inputs(batch=1, heads=2, n=300, d=d, m=m, spread=0.3, dtype=torch.float32)
     weight = torch.randn_like(inputs[2])
@@ -312,38 +307,23 @@ def test_many_landmarks_and_wide_heads(m, each_backend):
 def test_other_instruction_sets_are_right_too(name):
     if name not in lf_dense.build_info()["instruction_sets_supported"]:
         pytest.skip(f"this processor or build has no {name}")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/backends/test_mathematics.py",
-        "-k",
-        "native-cpu",
-    ]
+    tests = ["tests/backends/test_mathematics.py", "-k", "native-cpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "LF_DENSE_INSTRUCTION_SET": name, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
-    code = "import lf_dense; print(lf_dense.build_info()['instruction_set'])"
-    said = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", "import lf_dense; print(lf_dense.build_info()['instruction_set'])"]
+    said = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == name
 
 
 @needs_native
 def test_an_instruction_set_that_is_not_there_is_an_error_with_the_names():
-    code = (
-        "import torch, lf_dense; lf_dense.laplacian_kernel(torch.ones(2, 2), torch.ones(2, 2),"
-        " backend='native')"
-    )
+    code = "import torch, lf_dense; x = torch.ones(2, 2); lf_dense.laplacian_kernel(x, x, backend='native')"
     environment = {**os.environ, "LF_DENSE_INSTRUCTION_SET": "sse9"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "LF_DENSE_INSTRUCTION_SET is 'sse9'" in done.stderr
     assert "plain" in done.stderr
@@ -366,14 +346,11 @@ def fresh_rules():
 @pytest.mark.usefixtures("fresh_rules")
 class TestRules:
     def refused(self, x, match):
-        for call in (
-            lambda: laplacian_kernel(x, x, backend="native"),
-            lambda: newton_schulz_inverse(x @ x.mT, backend="native"),
-        ):
-            with pytest.raises(
-                RuntimeError, match=f"(?s)cannot serve this call, since {match}.*'auto' or 'reference'"
-            ):
-                call()
+        sentence = f"(?s)cannot serve this call, since {match}.*'auto' or 'reference'"
+        with pytest.raises(RuntimeError, match=sentence):
+            laplacian_kernel(x, x, backend="native")
+        with pytest.raises(RuntimeError, match=sentence):
+            newton_schulz_inverse(x @ x.mT, backend="native")
 
     def test_older_torch(self, monkeypatch):
         monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
@@ -389,10 +366,8 @@ class TestRules:
         self.refused(torch.rand(3, 3), r"_operators_cpu\.so did not load")
 
     def test_other_devices(self):
-        self.refused(
-            torch.rand(3, 3, device="meta"),
-            "they are written for the CPU and for CUDA, and the tensors are on meta",
-        )
+        reason = "they are written for the CPU and for CUDA, and the tensors are on meta"
+        self.refused(torch.rand(3, 3, device="meta"), reason)
 
     def test_cuda_that_is_not_there(self):
         if torch.cuda.is_available():
@@ -405,17 +380,14 @@ class TestRules:
     def test_cuda_capability_and_head_dims(self, monkeypatch):
         monkeypatch.setattr(native, "library_obstacle", lambda device: None)
         monkeypatch.setattr(native, "_cuda_capability", lambda index: (7, 5))
-        assert "compute capability 8.0 or higher, and cuda:0 has 7.5" in native.obstacle(
-            torch.device("cuda:0")
-        )
+        gpu = torch.device("cuda:0")
+        assert "compute capability 8.0 or higher, and cuda:0 has 7.5" in native.obstacle(gpu)
         monkeypatch.setattr(native, "_cuda_capability", lambda index: (9, 0))
-        assert native.obstacle(torch.device("cuda:0")) is None
+        assert native.obstacle(gpu) is None
         for shared_memory, limit in ((232448, 128), (101376, 64)):
             monkeypatch.setattr(native, "_cuda_shared_memory", lambda index, size=shared_memory: size)
-            assert native.max_head_dims(torch.device("cuda:0")) == limit
-            assert f"up to {limit} channels a head, and these have more" in native.obstacle(
-                torch.device("cuda:0"), wide=True
-            )
+            assert native.max_head_dims(gpu) == limit
+            assert f"up to {limit} channels a head, and these have more" in native.obstacle(gpu, wide=True)
 
     def test_auto_says_once_why_it_is_the_reference(self, monkeypatch, tmp_path, caplog):
         monkeypatch.setattr(native, "_FOLDER", tmp_path)
@@ -425,8 +397,8 @@ class TestRules:
                 laplacian_kernel(x, x)
                 laplacian_attention(*make_inputs())
         assert [record.message for record in caplog.records] == [
-            "lf_dense runs its plain PyTorch reference in place of the native operators, since they were not"
-            " built for cpu (docs/operators.md says how)."
+            "lf_dense runs its plain PyTorch reference in place of the native operators, "
+            "since they were not built for cpu (docs/operators.md says how)."
         ]
 
     def test_the_reference_asked_for_says_nothing(self, monkeypatch, tmp_path, caplog):
@@ -447,9 +419,8 @@ def test_auto_is_native():
 
 def test_build_info_and_the_info_command():
     build = lf_dense.build_info()
-    done = subprocess.run(
-        [sys.executable, "-m", "lf_dense.info"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    command = [sys.executable, "-m", "lf_dense.info"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert info.report() in done.stdout
     for function in ("laplacian_kernel", "newton_schulz_inverse", "laplacian_attention"):
         assert function in done.stdout

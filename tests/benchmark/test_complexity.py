@@ -5,7 +5,8 @@ import pytest
 pytest.importorskip("mmengine")
 
 from lf_dense import LaplacianFormer
-from lf_dense.benchmark.complexity import count
+from lf_dense.benchmark.complexity import count, table
+from support.driving import call
 
 # At 224 x 224, with the classifier of 1,000 classes.
 PUBLISHED = {
@@ -39,3 +40,20 @@ def test_the_work_is_linear_in_the_pixels():
     work = [sum(count(net, input_size=(size, size))[1:]) for size in (224, 448, 896)]
     assert work[1] / work[0] == pytest.approx(4, rel=0.04)
     assert work[2] / work[1] == pytest.approx(4, rel=0.02)
+
+
+def test_the_table_has_a_line_for_every_preset():
+    head, rule, *rows = table(["tiny", "small"]).splitlines()
+    assert head.startswith("| arch | depths | params | FLOPs ")
+    assert {line.count("|") for line in (head, rule, *rows)} == {6}
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:2] for row in cells] == [["tiny", "(2, 2, 2, 2)"], ["small", "(3, 3, 10, 3)"]]
+    for arch, _, params, macs, with_attention in cells:
+        wanted_params, wanted_macs = PUBLISHED[arch]
+        assert float(params.removesuffix(" M")) * 1e6 == pytest.approx(wanted_params, rel=0.02)
+        assert float(macs.removesuffix(" G")) * 1e9 == pytest.approx(wanted_macs, rel=0.02)
+        assert float(with_attention.removesuffix(" G")) > float(macs.removesuffix(" G"))
+
+
+def test_the_tool_prints_the_table():
+    assert call("get_flops.py", "--arch", "tiny", "--shape", 64, 96) == f"{table(['tiny'], (64, 96))}\n"

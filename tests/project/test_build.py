@@ -1,4 +1,8 @@
-"""The build: every CUDA file for every architecture that we name, what it needs of torch, and what it says when it cannot."""
+"""The build of the operators.
+
+Every CUDA file compiles for every architecture that we name and needs only torch's stable interface. A build
+that cannot succeed says why.
+"""
 
 import os
 import re
@@ -27,19 +31,11 @@ KERNELS_THAT_MATTER = (
 
 
 def build(folder, **environment):
-    """``setup.py build_ext`` into a folder of its own."""
-    command = [
-        sys.executable,
-        "setup.py",
-        "build_ext",
-        "--build-lib",
-        str(folder / "lib"),
-        "--build-temp",
-        str(folder / "temp"),
-    ]
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+    """Run ``setup.py build_ext`` into a folder of its own."""
+    folders = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
+    command = [sys.executable, "setup.py", "build_ext", *folders]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +43,7 @@ def cuda_build(tmp_path_factory):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not there")
     folder = tmp_path_factory.mktemp("cuda")
-    # No GPU is needed, nor may one that is there decide what is built.
+    # No GPU is needed, and a GPU that is there must not decide what is built.
     done = build(folder, LF_DENSE_FORCE_CUDA="1", CUDA_VISIBLE_DEVICES="", TORCH_CUDA_ARCH_LIST="")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return folder
@@ -61,75 +57,56 @@ def resource_reports(folder):
         for entry in entries:
             name, architecture = re.match(r"(\S+)' for '(\S+)'", entry).groups()
             spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
-            rows.append(
-                (
-                    name,
-                    architecture,
-                    int(spills[1]) + int(spills[2]),
-                    int(re.search(r"Used (\d+) registers", entry)[1]),
-                )
-            )
+            registers = re.search(r"Used (\d+) registers", entry)
+            rows.append((name, architecture, int(spills[1]) + int(spills[2]), int(registers[1])))
     return rows
 
 
 def test_every_cuda_file_compiles_for_every_architecture(cuda_build):
     files = {path.stem for path in (ROOT / "ops" / "cuda").glob("*.cu")}
-    reports = {
-        path.name.removeprefix("cuda_").removesuffix(".o.report"): path
-        for path in (cuda_build / "temp" / "ops").glob("*.report")
-    }
-    assert set(reports) == files
-    for path in reports.values():
+    folder = cuda_build / "temp" / "ops"
+    reports = list(folder.glob("*.report"))
+    assert {path.name.removeprefix("cuda_").removesuffix(".o.report") for path in reports} == files
+    for path in reports:
         assert set(re.findall(r"for '(sm_\d+)'", path.read_text())) == {"sm_80", "sm_86", "sm_89", "sm_90"}
-    assert (
-        "-gencode arch=compute_90,code=compute_90"
-        in (cuda_build / "temp" / "ops" / "build.ninja").read_text()
-    )
+    assert "-gencode arch=compute_90,code=compute_90" in (folder / "build.ninja").read_text()
     assert (cuda_build / "lib" / "lf_dense" / "backends" / "_operators_cuda.so").stat().st_size > 100_000
+
+
+def kernel_of(mangled):
+    """The kernel that matters with this mangled name, or None; Id marks float64, for gradient checks."""
+    for kernel in KERNELS_THAT_MATTER:
+        if f"{len(kernel)}{kernel}I" in mangled and f"{kernel}Id" not in mangled:
+            return kernel
+    return None
 
 
 def test_kernels_that_matter_do_not_spill(cuda_build):
     seen = set()
     for name, architecture, spilled, registers in resource_reports(cuda_build):
-        # float64 serves gradient checks; Id marks its instances.
-        matters = next(
-            (
-                kernel
-                for kernel in KERNELS_THAT_MATTER
-                if f"{len(kernel)}{kernel}I" in name and f"{kernel}Id" not in name
-            ),
-            None,
-        )
-        if matters:
-            seen.add((matters, architecture))
+        kernel = kernel_of(name)
+        if kernel:
+            seen.add((kernel, architecture))
             assert spilled == 0, f"{name} on {architecture} spills {spilled} bytes with {registers} registers"
     assert len(seen) == 4 * len(KERNELS_THAT_MATTER)
 
 
-def undefined_symbols(library):
-    return set(
-        subprocess.run(
-            ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
-        ).stdout.split()
-    ) - {
-        "U",
-        "w",
-    }
+def dynamic_symbols(library, which):
+    """The words of nm's list: names, and the letters of their kinds."""
+    command = ["nm", "-D", which, library]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
 def test_the_libraries_need_torchs_stable_interface_alone(cuda_build):
     stable = re.compile(r"^(aoti_torch_|torch_)")
     torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    exported = set(
-        subprocess.run(
-            ["nm", "-D", "--defined-only", torch_cpu], capture_output=True, text=True, check=True
-        ).stdout.split()
-    )
+    exported = dynamic_symbols(torch_cpu, "--defined-only")
     for name in ("cpu", "cuda"):
-        needed = undefined_symbols(cuda_build / "lib" / "lf_dense" / "backends" / f"_operators_{name}.so")
+        library = cuda_build / "lib" / "lf_dense" / "backends" / f"_operators_{name}.so"
+        needed = dynamic_symbols(library, "--undefined-only")
         from_torch = {symbol for symbol in needed if stable.match(symbol)}
         assert from_torch - exported <= (FROM_CUDA_TORCH if name == "cuda" else set())
-        # Nothing of ATen's or c10's C++ interface, which changes from one torch to the next.
+        # ATen's and c10's C++ interface changes from one torch to the next.
         assert not {symbol for symbol in needed if re.search(r"(2at|3c10|5torch)", symbol)}
 
 
@@ -145,11 +122,8 @@ def test_unreadable_architectures_are_one_sentence(tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not there")
     assert done.returncode != 0
-    last_line = done.stderr.strip().splitlines()[-1]
-    assert (
-        last_line
-        == "TORCH_CUDA_ARCH_LIST is 'Hopper': write numbers like '8.0;9.0+PTX' ('Hopper' is not one)."
-    )
+    said = "TORCH_CUDA_ARCH_LIST is 'Hopper': write numbers like '8.0;9.0+PTX' ('Hopper' is not one)."
+    assert done.stderr.strip().splitlines()[-1] == said
 
 
 def test_cuda_asked_for_without_nvcc_is_an_error(tmp_path):
@@ -161,8 +135,5 @@ def test_cuda_asked_for_without_nvcc_is_an_error(tmp_path):
             (empty / tool).symlink_to(found)
     done = build(tmp_path, LF_DENSE_FORCE_CUDA="1", PATH=str(empty), CUDA_HOME="")
     assert done.returncode != 0
-    last_line = done.stderr.strip().splitlines()[-1]
-    assert (
-        last_line
-        == "LF_DENSE_FORCE_CUDA is set, but nvcc was not found (put it on the PATH or set CUDA_HOME)."
-    )
+    said = "LF_DENSE_FORCE_CUDA is set, but nvcc was not found (put it on the PATH or set CUDA_HOME)."
+    assert done.stderr.strip().splitlines()[-1] == said

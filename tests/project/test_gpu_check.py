@@ -1,4 +1,4 @@
-"""The check on a GPU machine: what it says where it cannot run, its time limits, and what it makes of the output of its steps."""
+"""The check on a GPU machine: its refusals, its time limits, and what it makes of the output of its steps."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lf_dense.benchmark import operators
 from support import ROOT
 from support.driving import load_tool
 
@@ -152,9 +153,10 @@ def test_the_plan_fits_ten_minutes_and_the_benchmarks_options_exist(gpu_check, t
     assert sum(step.seconds + 2 * gpu_check.GRACE_SECONDS for step in steps) < 600
     assert [step.name for step in steps][:4] == ["build", "tests", "memcheck", "racecheck"]
     assert len({step.name for step in steps}) == len(steps)
-    bench_ops = load_tool("bench_ops")
+    benchmark = load_tool("benchmark")
     for step in steps[4:]:
         (command,) = step.commands
-        args = bench_ops.parse_args(["cpu" if word == "cuda" else word for word in command[2:]])
+        words = ["cpu" if word == "cuda" else word for word in command[2:]]
+        args = operators.settle(benchmark.parse_args(words))
         assert "compile" not in args.contenders or args.stages == [1]
-        assert list(bench_ops.build_cases(args))
+        assert list(operators.chosen_cases(args))

@@ -1,4 +1,7 @@
-"""The wheel as a user builds and installs it: with a compiler, without one, and without operators because that was asked for."""
+"""The wheel as a user builds and installs it.
+
+It is built with a compiler, without one, and without operators because the user wants none.
+"""
 
 import ast
 import os
@@ -49,36 +52,21 @@ print("BUILD", lf_dense.build_info())
 
 
 def build_wheel(folder, **environment):
-    """What ``make wheel`` runs, in a copy of the sources; returns the wheel and what pip said."""
+    """Run in a copy of the sources what ``make wheel`` runs; return the wheel and what pip said."""
     pytest.importorskip("pip")
     source = folder / "source"
     source.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            # With what is compiled in place, which must not end up in the wheel.
+            # What is compiled in place is copied too: it must not end up in the wheel.
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(ROOT / name, source / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        ".",
-        "-v",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        folder / "dist",
-    ]
-    outside = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("LF_DENSE_") and name not in ("CXX", "PYTHONPATH")
-    }
+    options = ["-v", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder / "dist"]
+    command = [sys.executable, "-m", "pip", "wheel", ".", *options]
+    dropped = {name for name in os.environ if name.startswith("LF_DENSE_")} | {"CXX", "PYTHONPATH"}
     environment = {
-        **outside,
+        **{name: value for name, value in os.environ.items() if name not in dropped},
         "MAX_JOBS": "1",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "TORCH_CUDA_ARCH_LIST": "8.0",
@@ -91,40 +79,28 @@ def build_wheel(folder, **environment):
 
 
 def install(wheel, folder):
-    """A new virtual environment with the wheel; torch is this environment's, whose editable packages do not come along."""
+    """Install the wheel in a new virtual environment, and return its Python.
+
+    Its torch is the one of this environment; the editable packages of this environment do not come along.
+    """
     venv.EnvBuilder(with_pip=False, symlinks=True).create(folder)
     python = folder / "bin" / "python"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "--disable-pip-version-check",
-        "install",
-        "--no-deps",
-        "--no-index",
-        wheel,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", wheel], check=True, capture_output=True)
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(
-        subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    )
+    asked = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    site = Path(asked.stdout.strip())
     # Lines of a .pth file join sys.path, but the .pth files in the folders that they name are not read.
-    folders = {
-        Path(torch.__file__).parents[1],
-        *(Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))),
-    }
+    folders = {Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
+    folders.add(Path(torch.__file__).parents[1])
     (site / "torch_of_the_tests.pth").write_text("".join(f"{path}\n" for path in sorted(folders)))
     return python
 
 
 def use(python, folder):
-    """Run ``USE`` with the installed package, away from the checkout; returns its lines."""
-    done = subprocess.run(
-        [python, "-I", "-W", "ignore", "-c", USE], cwd=folder, capture_output=True, text=True, check=False
-    )
+    """Run ``USE`` with the installed package, away from the checkout, and return its lines."""
+    command = [python, "-I", "-W", "ignore", "-c", USE]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     (file,) = (line for line in lines if line.startswith("FILE"))
@@ -154,14 +130,10 @@ def test_wheel_with_operators(tmp_path):
     assert NO_OPERATORS not in said
     cuda = {"_operators_cuda.so"} if torch.version.cuda and shutil.which("nvcc") else set()
     compiled = {name for name in contents(wheel) if name.endswith(".so")}
-    assert {
-        re.sub(r"_build_info\..*\.so", "_build_info.so", name.removeprefix("lf_dense/backends/"))
-        for name in compiled
-    } == {
-        "_operators_cpu.so",
-        "_build_info.so",
-        *cuda,
-    }
+    in_backends = {name.removeprefix("lf_dense/backends/") for name in compiled}
+    # The name of an extension module has the version of Python in it.
+    names = {re.sub(r"_build_info\..*\.so", "_build_info.so", name) for name in in_backends}
+    assert names == {"_operators_cpu.so", "_build_info.so", *cuda}
     assert contents(wheel) - compiled == python_files()
     lines = use(install(wheel, tmp_path / "env"), tmp_path)
     assert "NATIVE IS RIGHT" in lines
@@ -173,7 +145,10 @@ def test_wheel_with_operators(tmp_path):
 
 
 def check_reference_alone(wheel, folder):
-    """The package without operators works, and says why it is not native: once under auto, and as an error where native is asked for."""
+    """Check that the package works without operators and says why it is not native.
+
+    With ``auto`` it says so once; with ``native`` it is an error.
+    """
     assert contents(wheel) == python_files()
     lines = use(install(wheel, folder / "env"), folder)
     assert build_info_of(lines) == {"built": False, "instruction_set": None}
@@ -182,9 +157,8 @@ def check_reference_alone(wheel, folder):
     (error,) = (line for line in lines if line.startswith("ERROR"))
     assert error.startswith(f"ERROR the native operators cannot serve this call, since {reason}")
     (log,) = (line for line in lines if line.startswith("LOG"))
-    assert log.startswith(
-        f"LOG lf_dense runs its plain PyTorch reference in place of the native operators, since {reason}"
-    )
+    instead = "lf_dense runs its plain PyTorch reference in place of the native operators"
+    assert log.startswith(f"LOG {instead}, since {reason}")
 
 
 def test_without_a_compiler_the_build_says_why_and_the_reference_serves(tmp_path):

@@ -28,8 +28,7 @@ COCO_OPTIONS = (
     "test_dataloader.num_workers=0",
     "test_dataloader.persistent_workers=False",
     "test_dataloader.dataset.pipeline.1.scale=(160,128)",
-    # A detector that has learnt nothing yet outputs nothing above the usual threshold, and then there is no
-    # mAP to report.
+    # A detector that has learnt nothing outputs nothing above the usual threshold, and then has no mAP.
     "model.test_cfg.score_thr=0.0",
     "default_hooks.logger.interval=1",
 )

@@ -1,4 +1,7 @@
-"""The CUDA sources compiled by g++ against cuda_emulation/emulation.h, one fibre per thread: their logic tested without a GPU."""
+"""The CUDA sources compiled by g++, so that their logic is tested without a GPU.
+
+cuda_emulation/emulation.h stands in for CUDA: each thread is a fibre.
+"""
 
 import functools
 import hashlib
@@ -28,18 +31,18 @@ def cuda_headers():
     """The toolkit's include folder, or None."""
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
-    return next(
-        (Path(home, "include") for home in homes if home and Path(home, "include", "cuda_fp16.h").exists()),
-        None,
-    )
+    for home in filter(None, homes):
+        if Path(home, "include", "cuda_fp16.h").exists():
+            return Path(home, "include")
+    return None
 
 
 @functools.cache
 def build():
-    """Compile and load ``torch.ops.lf_dense_emulated``, once; what was compiled from the same sources is taken again."""
+    """Compile and load ``torch.ops.lf_dense_emulated`` once; the same sources are not compiled again."""
     headers, compiler = cuda_headers(), os.environ.get("CXX", "g++")
     if headers is None or shutil.which(shlex.split(compiler)[0]) is None:
-        pytest.skip("the CUDA sources are emulated where the toolkit's headers and a C++ compiler are there")
+        pytest.skip("emulating the CUDA sources needs the toolkit's headers and a C++ compiler")
     torch_folder = Path(torch.__file__).parent
     common = f"{compiler} -std=c++20 -O2 -fPIC -fvisibility=hidden {os.environ.get('LF_DENSE_CXXFLAGS', '')}"
     common += f" -DLF_LIBRARY={LIBRARY} -DLF_CUDA_KEY=CPU -DTORCH_TARGET_VERSION=0x020b000000000000"

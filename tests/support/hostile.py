@@ -61,15 +61,12 @@ def by_setstate(path: Path, state: dict, canary: Path) -> None:
 
 
 def in_the_optimizer(path: Path, state: dict, canary: Path) -> None:
-    deep = {
-        "state": {0: {"exp_avg": torch.zeros(2), "step": [Calls(os.system, f"touch {canary}")]}},
-        "param_groups": [],
-    }
-    _save(path, {**state, "optimizer": deep})
+    momentum = {"exp_avg": torch.zeros(2), "step": [Calls(os.system, f"touch {canary}")]}
+    _save(path, {**state, "optimizer": {"state": {0: momentum}, "param_groups": []}})
 
 
 def in_a_storage(path: Path, state: dict, canary: Path) -> None:
-    """A call in the place of a storage's type, inside the persistent id that torch resolves while it reads."""
+    """A call in the place of a storage's type; torch resolves that type while it reads."""
     stream = io.BytesIO()
     _StorageWithCode(stream, Calls(os.system, f"touch {canary}")).dump({"extra": _StorageWithCode})
     with zipfile.ZipFile(path, "w") as archive:

@@ -1,4 +1,4 @@
-"""METHOD.md's sections 1 to 5 written out literally, in the dtype of the inputs: what every backend is held against."""
+"""Sections 1 to 5 of docs/method.md, written out literally in the inputs' dtype: the tests' reference."""
 
 import torch
 

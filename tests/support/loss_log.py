@@ -1,4 +1,7 @@
-"""For the tests of distributed training: the loss of every step, averaged over the processes, as JSON; the threads left at exit."""
+"""A hook for the tests of distributed training.
+
+It writes the loss of every step, averaged over the processes, as JSON. At exit the threads are printed.
+"""
 
 import atexit
 import json
@@ -31,6 +34,5 @@ def print_threads() -> None:
     print(f"threads at exit: {names}", flush=True)
 
 
-# A config imports this module before the processes join, and exit handlers run last registered first: this
-# one after the tool's own.
+# A config imports this module early, and exit handlers run in reverse, so this one runs after the tool's own.
 atexit.register(print_threads)

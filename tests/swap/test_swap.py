@@ -1,6 +1,5 @@
-"""Any config with our backbone: what is rewired, what is kept, what is refused, and a sample of all packaged configs run."""
+"""Any config with our backbone: what changes, what stays, and what is refused."""
 
-import json
 import subprocess
 import sys
 
@@ -8,43 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from support import ROOT
+from support.driving import call, refusal
 
 pytest.importorskip("mmengine")
 from mmengine.config import Config
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, init_default_scope
 
 from lf_dense import LaplacianFormer, swap_backbone
+from lf_dense.swap import SwapError
 from lf_dense.swap.backbone import MEAN, STD
-from lf_dense.swap.rewiring import Levels, SwapError, choose_stages, measure_levels, without_pretrained
+from lf_dense.swap.settings import without_pretrained
 
-# One of each kind of neck and head, and of each way to read a backbone.
-SAMPLE = (
-    "centernet/centernet_r18-dcnv2_8xb16-crop512-140e_coco.py",
-    "conditional_detr/conditional-detr_r50_8xb2-50e_coco.py",
-    "dino/dino-4scale_r50_8xb2-12e_coco.py",
-    "faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco.py",
-    "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py",
-    "mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py",
-    "reppoints/reppoints-moment_r50_fpn-gn_head-gn_1x_coco.py",
-    "rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py",
-    "soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py",
-    "solov2/solov2-light_r18_fpn_ms-3x_coco.py",
-    "sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py",
-    "ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py",
-    "yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py",
-    "yolox/yolox_nano_8xb8-300e_coco.py",
-    "fastfcn/fastfcn_r50-d32_jpu_enc_4xb2-80k_cityscapes-512x1024.py",
-    "knet/knet-s3_swin-t_upernet_8xb2-adamw-80k_ade20k-512x512.py",
-    "mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py",
-    "ocrnet/ocrnet_hr18s_4xb2-40k_cityscapes-512x1024.py",
-    "ocrnet/ocrnet_r101-d8_4xb2-40k_cityscapes-512x1024.py",
-    "point_rend/pointrend_r50_4xb2-80k_cityscapes-512x1024.py",
-    "segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py",
-    "segmenter/segmenter_vit-s_fcn_8xb1-160k_ade20k-512x512.py",
-    "segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512.py",
-    "sem_fpn/fpn_r50_4xb2-80k_cityscapes-512x1024.py",
-)
 RETINANET = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 WIDTHS = [64, 128, 320, 512]
 
@@ -52,89 +25,6 @@ WIDTHS = [64, 128, 320, 512]
 def build(config):
     init_default_scope(config.default_scope)
     return MODELS.build(without_pretrained(config.model))
-
-
-@pytest.fixture
-def mmdet():
-    return pytest.importorskip("mmdet")
-
-
-@pytest.fixture
-def mmseg():
-    return pytest.importorskip("mmseg")
-
-
-# Levels
-
-
-@pytest.mark.parametrize(
-    ("strides", "stages"),
-    [
-        ((4, 8, 16, 32), (0, 1, 2, 3)),
-        ((8, 16, 32), (1, 2, 3)),
-        ((16,), (2,)),
-        ((8, 32), (1, 3)),
-        # Dilated, all of one stride, or with a stride that we do not have: in order, the last one our last.
-        ((4, 8, 8, 8), (0, 1, 2, 3)),
-        ((16, 16, 16, 16), (0, 1, 2, 3)),
-        ((8, 16, 32, 64), (0, 1, 2, 3)),
-        ((2, 4, 8), (1, 2, 3)),
-        ((8,), (1,)),
-        ((64,), (3,)),
-    ],
-)
-def test_stages_for_levels(strides, stages):
-    assert choose_stages(Levels((8,) * len(strides), strides)) == stages
-
-
-def test_decoders_and_five_levels_have_no_stages():
-    with pytest.raises(SwapError, match="decoder"):
-        choose_stages(Levels((8, 8), (16, 8)))
-    with pytest.raises(SwapError, match="5 maps"):
-        choose_stages(Levels((8,) * 5, (2, 4, 8, 16, 32)))
-
-
-def test_levels_are_measured(mmdet):
-    resnet = {
-        "type": "ResNet",
-        "depth": 18,
-        "init_cfg": {"type": "Pretrained", "checkpoint": "https://nowhere.invalid/x.pth"},
-    }
-    assert measure_levels(resnet, "mmdet") == Levels((64, 128, 256, 512), (4, 8, 16, 32))
-    assert measure_levels({**resnet, "out_indices": (2,), "strides": (1, 2, 1, 1)}, "mmdet") == Levels(
-        (256,), (8,)
-    )
-
-
-@MODELS.register_module(name="lf_dense_test_backbone")
-class Custom(nn.Module):
-    """A user's own backbone: channels and strides as told, outputs in a list or as one tensor, or no maps at all."""
-
-    def __init__(self, channels=(8, 16), strides=(4, 8), kind="maps", init_cfg=None):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(3, c, s, s) for c, s in zip(channels, strides))
-        self.kind = kind
-
-    def forward(self, x):
-        maps = [conv(x) for conv in self.convs]
-        if self.kind == "tokens":
-            return [m.flatten(2) for m in maps]
-        if self.kind == "broken":
-            raise RuntimeError("needs a text")
-        return maps[0] if self.kind == "one" else maps
-
-
-def test_any_registered_backbone_is_measured():
-    custom = {"type": "lf_dense_test_backbone"}
-    assert measure_levels(custom, "mmengine") == Levels((8, 16), (4, 8))
-    assert measure_levels({**custom, "kind": "one"}, "mmengine") == Levels((8,), (4,))
-    with pytest.raises(SwapError, match="other than maps"):
-        measure_levels({**custom, "kind": "tokens"}, "mmengine")
-    with pytest.raises(SwapError, match=r"does not run here.*needs a text"):
-        measure_levels({**custom, "kind": "broken"}, "mmengine")
-
-
-# Rewiring
 
 
 def test_retinanet(mmdet):
@@ -156,44 +46,6 @@ def test_the_given_config_is_not_changed(mmdet):
     assert config.dump() == before
 
 
-def test_neck_channels_in_reverse_and_fewer_levels(mmdet):
-    yolo = swap_backbone("mmdet::yolo/yolov3_d53_8xb8-320-273e_coco.py")
-    assert yolo.model.backbone.out_indices == (1, 2, 3)
-    assert yolo.model.neck.in_channels == [512, 320, 128]
-    ssd = swap_backbone("mmdet::ssd/ssd300_coco.py")
-    assert ssd.model.neck.in_channels == (128, 320)
-    assert ssd.model.neck.out_channels == ssd.model.bbox_head.in_channels == (128, 320, 512, 256, 256, 256)
-
-
-def test_strides_that_a_head_states_follow(mmdet):
-    config = swap_backbone("mmdet::rtmdet/rtmdet_l_swin_b_p6_4xb16-100e_coco.py")
-    assert config.model.neck.in_channels == WIDTHS
-    assert config.model.bbox_head.anchor_generator.strides == [4, 8, 16, 32]
-    assert list(config.model.test_cfg) == list(Config.fromfile(config.filename).model.test_cfg)
-
-
-def test_a_single_dilated_level_without_neck(mmdet):
-    model = swap_backbone("mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco.py").model
-    assert model.backbone.out_indices == (2,)
-    assert (
-        model.rpn_head.in_channels
-        == model.roi_head.bbox_head.in_channels
-        == model.roi_head.bbox_roi_extractor.out_channels
-        == 320
-    )
-    assert model.roi_head.bbox_roi_extractor.featmap_strides == [16]
-
-
-def test_chosen_stages_win(mmdet):
-    model = swap_backbone("mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco.py", out_indices=(3,)).model
-    assert model.rpn_head.in_channels == 512
-    assert (
-        model.rpn_head.anchor_generator.strides == model.roi_head.bbox_roi_extractor.featmap_strides == [32]
-    )
-    with pytest.raises(SwapError, match="read 1 maps: give as many"):
-        swap_backbone("mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco.py", out_indices=(2, 3))
-
-
 def test_a_tracker_s_detector_is_changed_alone(mmdet):
     config = swap_backbone(
         "mmdet::deepsort/deepsort_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-mot17halfval.py"
@@ -202,34 +54,6 @@ def test_a_tracker_s_detector_is_changed_alone(mmdet):
     assert config.model.detector.neck.in_channels == WIDTHS
     assert config.model.reid.backbone.type == "mmpretrain.ResNet"
     assert not config.model.detector.get("init_cfg")
-
-
-def test_segmentation_heads_by_index(mmseg):
-    model = swap_backbone("mmseg::deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024.py").model
-    assert (
-        model.decode_head.in_channels,
-        model.decode_head.c1_in_channels,
-        model.auxiliary_head.in_channels,
-    ) == (512, 64, 320)
-    assert "pretrained" not in model
-    ocr = swap_backbone("mmseg::ocrnet/ocrnet_hr18_4xb2-160k_cityscapes-512x1024.py").model
-    assert [head.in_channels for head in ocr.decode_head] == [WIDTHS, WIDTHS]
-    # OCR's second head joins the first's output to its own map: both of one size, as both were at stride 8.
-    dilated = swap_backbone("mmseg::ocrnet/ocrnet_r101-d8_4xb2-40k_cityscapes-512x1024.py").model
-    assert [(head.in_index, head.in_channels) for head in dilated.decode_head] == [(3, 512), (3, 512)]
-    knet = swap_backbone("mmseg::knet/knet-s3_r50-d8_upernet_8xb2-adamw-80k_ade20k-512x512.py").model
-    assert knet.decode_head.kernel_generate_head.in_channels == WIDTHS
-    assert knet.decode_head.kernel_update_head[0].in_channels == 512
-
-
-def test_necks_of_segmentation(mmseg):
-    jpu = swap_backbone("mmseg::fastfcn/fastfcn_r50-d32_jpu_enc_4xb2-80k_cityscapes-512x1024.py").model
-    assert jpu.neck.in_channels == (128, 320, 512)
-    assert jpu.decode_head.in_channels == [128, 320, 2048]
-    assert jpu.auxiliary_head.in_channels == 320
-    vit = swap_backbone("mmseg::vit/vit_deit-b16-ln_mln_upernet_8xb2-160k_ade20k-512x512.py").model
-    assert vit.neck is None
-    assert (vit.decode_head.in_channels, vit.auxiliary_head.in_channels) == (WIDTHS, 512)
 
 
 def test_classifiers():
@@ -243,9 +67,6 @@ def test_classifiers():
     for config in (resnet, vit):
         config.model.data_preprocessor = config.data_preprocessor
         assert build(config)(torch.zeros(2, 3, 64, 64)).shape == (2, 1000)
-
-
-# What surrounds the model
 
 
 def test_preprocessing(mmdet):
@@ -355,32 +176,6 @@ def test_the_new_config_is_self_contained(mmdet, tmp_path):
     assert printed.split()[-2:] == ["LaplacianFormer", "19"]
 
 
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("mmdet::cornernet/cornernet_hourglass104_10xb5-crop511-210e-mstest_coco.py", "stacks hourglasses"),
-        ("mmdet::tridentnet/tridentnet_r50-caffe_1x_coco.py", "three branches"),
-        ("mmdet::detectors/cascade-rcnn_r50-rfp_1x_coco.py", "feeds its output back"),
-        (
-            "mmdet::faster_rcnn/faster-rcnn_r50-caffe-c4_ms-1x_coco.py",
-            "last stage of the old one over every region",
-        ),
-        ("mmseg::unet/unet-s5-d16_fcn_4xb4-40k_chase-db1-128x128.py", "encoder and a decoder"),
-        ("mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py", "whole segmentation network"),
-        ("mmseg::dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py", "class token"),
-        ("mmseg::setr/setr_vit-l-mla_8xb1-160k_ade20k-512x512.py", "plain ViT"),
-        ("mmpretrain::mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py", "other than maps|does not run"),
-    ],
-)
-def test_refusals_say_why(name, reason):
-    pytest.importorskip(name.partition("::")[0])
-    with pytest.raises(SwapError, match=reason):
-        swap_backbone(name)
-
-
 def test_more_refusals(mmdet):
     config = Config.fromfile(swap_backbone(RETINANET).filename)
     with pytest.raises(SwapError, match="LaplacianFormer already"):
@@ -400,70 +195,22 @@ def test_more_refusals(mmdet):
         swap_backbone(RETINANET, "enormous")
 
 
-# Command lines
-
-
-def run_tool(*arguments, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_command_lines_say_what_is_wrong(mmdet, tmp_path):
-    result = run_tool(
-        "tools/train.py",
-        "mmdet::cornernet/cornernet_hourglass104_10xb5-crop511-210e-mstest_coco.py",
-        "--backbone",
-        "tiny",
-    )
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("error: the backbone cannot be replaced: HourglassNet")
-    result = run_tool("tools/train.py", RETINANET, "--pretrained", "x.pth")
-    assert result.returncode == 2
-    assert "add --backbone" in result.stderr
-    result = run_tool("tools/train.py", RETINANET, "--backbone", "tiny", "--pretrained", tmp_path / "x.pth")
-    assert result.returncode == 2
-    assert f"{tmp_path / 'x.pth'} is not there" in result.stderr
+    hourglass = "mmdet::cornernet/cornernet_hourglass104_10xb5-crop511-210e-mstest_coco.py"
+    line = refusal("train.py", hourglass, "--backbone", "tiny")
+    assert line.startswith("error: the backbone cannot be replaced: HourglassNet")
+    missing = tmp_path / "x.pth"
+    assert "add --backbone" in refusal("train.py", RETINANET, "--pretrained", "x.pth")
+    line = refusal("train.py", RETINANET, "--backbone", "tiny", "--pretrained", missing)
+    assert f"{missing} is not there" in line
     out = tmp_path / "new.py"
-    result = run_tool(
-        "tools/swap_config.py",
-        RETINANET,
-        out,
-        "--backbone",
-        "small",
-        "--backbone-options",
-        "drop_path_rate=0.3",
-    )
-    assert result.returncode == 0, result.stderr
+    call("swap_config.py", RETINANET, out, "--backbone", "small", "--backbone-options", "drop_path_rate=0.3")
     assert Config.fromfile(out).model.backbone.drop_path_rate == 0.3
 
 
-def test_a_sample_of_all_packaged_configs(mmdet, mmseg, tmp_path):
-    """docs/swapped_configs.md has all of them."""
-    out = tmp_path / "results.json"
-    result = run_tool("tools/check_swap.py", "--only", *SAMPLE, "--json", out)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    lines = json.loads(out.read_text())
-    assert len(lines) == len(SAMPLE)
-    assert {line["config"]: line["outcome"] for line in lines if line["outcome"] != "swapped"} == {}
-
-
-def test_the_table_in_the_documentation_is_whole(mmdet, mmseg):
-    from importlib.metadata import version
-
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        from check_swap import packaged_configs
-    finally:
-        sys.path.pop(0)
-    text = (ROOT / "docs" / "swapped_configs.md").read_text()
-    assert "## Failed" not in text
-    for package, distribution in (("mmdet", "onedl-mmdetection"), ("mmseg", "onedl-mmsegmentation")):
-        if f"{distribution} {version(distribution)}" not in text:
-            pytest.skip(f"the table is of another version of {distribution}")
-        for name in packaged_configs(package):
-            assert f"{package}::{name} " in text
+def test_rules_of_the_old_backbone_alone_leave_none(mmdet):
+    config = Config.fromfile(swap_backbone(RETINANET).filename)
+    config.optim_wrapper.paramwise_cfg = {"custom_keys": {"backbone.layer1": {"lr_mult": 0.1}}}
+    assert "custom_keys" not in swap_backbone(config).optim_wrapper.paramwise_cfg
+    config.optim_wrapper.paramwise_cfg.custom_keys.neck = {"lr_mult": 0.5}
+    assert swap_backbone(config).optim_wrapper.paramwise_cfg.custom_keys == {"neck": {"lr_mult": 0.5}}

@@ -1,4 +1,8 @@
-"""Our own configs: each builds, decays no norm and no bias, is listed; one of each family trains, evaluates and resumes as a user would."""
+"""Our own configs.
+
+Each builds, is listed, and decays no norm and no bias. One of each family trains, evaluates and resumes as a
+user would run it.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,12 @@ from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, init_default_s
 from lf_dense import LaplacianFormer
 from lf_dense.frameworks import load_config
 from lf_dense.presets import ARCHS
-from lf_dense.swap.rewiring import nested, without_pretrained
+from lf_dense.swap.settings import nested, without_pretrained
 
 FOLDERS = ("detection", "segmentation", "imagenet")
 NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
-CONFIGS = [
-    f"{folder}/{path.name}" for folder in FOLDERS for path in sorted((ROOT / "configs" / folder).glob("*.py"))
-]
+PATHS = [path for folder in FOLDERS for path in sorted((ROOT / "configs" / folder).glob("*.py"))]
+CONFIGS = [f"{path.parent.name}/{path.name}" for path in PATHS]
 
 
 def load(name: str) -> Config:
@@ -48,15 +51,17 @@ def metafile(folder: str) -> dict:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds(name):
-    """Its backbone is of the size that its name says, its metafile counts it right, and no norm and no bias of the model decays."""
+    """The backbone has the size in the config's name, and the metafile counts its parameters right.
+
+    No norm and no bias of the model decays.
+    """
     config = load(name)
     model = build(config)
     assert isinstance(model.backbone, LaplacianFormer)
     (arch,) = re.findall(r"lf-([a-z]+)", name)
     assert model.backbone.depths == ARCHS[arch]["depths"]
-    (listed,) = [
-        entry for entry in metafile(name.split("/")[0])["Models"] if entry["Config"] == f"configs/{name}"
-    ]
+    models = metafile(name.split("/")[0])["Models"]
+    (listed,) = [entry for entry in models if entry["Config"] == f"configs/{name}"]
     assert listed["Metadata"]["Parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
     wrapper = config.optim_wrapper.to_dict()
@@ -70,12 +75,8 @@ def test_every_config_builds(name):
     optimizer = constructor(model).optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    norms = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, NORMS)
-        for p in module.parameters(recurse=False)
-    }
+    norm_layers = [module for module in model.modules() if isinstance(module, NORMS)]
+    norms = {id(p) for module in norm_layers for p in module.parameters(recurse=False)}
     for key, parameter in model.named_parameters():
         if id(parameter) in norms or key.endswith("bias"):
             assert groups[id(parameter)]["weight_decay"] == 0, key
@@ -97,7 +98,7 @@ def test_metafiles_list_every_config(folder):
         listed.append(Path(model["Config"]).relative_to("configs").as_posix())
         for result in model["Results"]:
             assert result["Source"] in ("published", "ours")
-            # Of the full recipes nobody has trained one to its end yet.
+            # Nobody has trained one of the full recipes to its end yet.
             unknown = result["Source"] == "ours" and "imagenette" not in model["Name"]
             assert all((value is None) == unknown for value in result["Metrics"].values())
     assert sorted(listed) == [name for name in CONFIGS if name.startswith(folder)]
@@ -140,11 +141,9 @@ def on_detection_data(config: Config, shapes: Path, data: Path | None) -> None:
         "type": "PackDetInputs",
         "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
     }
-    set_loaders(
-        config,
-        dataset,
-        {**dataset, "test_mode": True, "pipeline": [*pipeline[:1], pipeline[2], pipeline[1], meta]},
-    )
+    load, annotate, resize, _ = pipeline
+    testing = {"test_mode": True, "pipeline": [load, resize, annotate, meta]}
+    set_loaders(config, dataset, {**dataset, **testing})
     for evaluator in (config.val_evaluator, config.test_evaluator):
         evaluator.ann_file = str(annotations)
 
@@ -152,21 +151,16 @@ def on_detection_data(config: Config, shapes: Path, data: Path | None) -> None:
 def on_segmentation_data(config: Config, shapes: Path, data: Path | None) -> None:
     """Four small street scenes where they are there."""
     if data:
-        root, suffix, prefix, reduce, count = (
-            data / "camvid",
-            ".jpg",
-            ("images/training", "annotations/training"),
-            True,
-            11,
-        )
+        root, suffix, reduce, count = data / "camvid", ".jpg", True, 11
+        prefix = ("images/training", "annotations/training")
     else:
-        root, suffix, prefix, reduce, count = shapes, ".png", ("train", "semantic/train"), False, 5
-    pipeline = [
-        {"type": "LoadImageFromFile"},
-        {"type": "Resize", "scale": (160, 128), "keep_ratio": True},
-        {"type": "LoadAnnotations", "reduce_zero_label": reduce},
-        {"type": "PackSegInputs"},
-    ]
+        root, suffix, reduce, count = shapes, ".png", False, 5
+        prefix = ("train", "semantic/train")
+    load = {"type": "LoadImageFromFile"}
+    resize = {"type": "Resize", "scale": (160, 128), "keep_ratio": True}
+    annotate = {"type": "LoadAnnotations", "reduce_zero_label": reduce}
+    crop = {"type": "RandomCrop", "crop_size": (96, 96)}
+    pack = {"type": "PackSegInputs"}
     dataset = {
         "type": "BaseSegDataset",
         "data_root": str(root),
@@ -182,14 +176,8 @@ def on_segmentation_data(config: Config, shapes: Path, data: Path | None) -> Non
     }
     set_classes(config, count)
     # The annotations of an image are resized with it in training alone.
-    train = [
-        pipeline[0],
-        pipeline[2],
-        pipeline[1],
-        {"type": "RandomCrop", "crop_size": (96, 96)},
-        pipeline[3],
-    ]
-    set_loaders(config, {**dataset, "pipeline": train}, {**dataset, "pipeline": pipeline})
+    training = {**dataset, "pipeline": [load, annotate, resize, crop, pack]}
+    set_loaders(config, training, {**dataset, "pipeline": [load, resize, annotate, pack]})
     config.model.data_preprocessor.size = (96, 96)
 
 
@@ -223,10 +211,10 @@ def set_loaders(config: Config, train: dict, val: dict) -> None:
 )
 @torch.no_grad()
 def test_roi_features_are_of_their_boxes(name):
-    """mmcv's RoIAlign reads a map's memory as if it had the usual layout, so the maps have to come in it."""
+    """mmcv's RoIAlign takes the usual memory layout for granted, so the maps have to come in it."""
     model = build(load(f"detection/{name}")).eval()
     maps = model.extract_feat(torch.randn(1, 3, 96, 128))
-    # A constant in each channel is what any box of it has.
+    # Each channel is constant, so any box of it has that constant.
     channels = torch.arange(256.0).view(1, 256, 1, 1)
     marked = [feature.zero_() + channels for feature in maps]
     extractor = model.roi_head.bbox_roi_extractor
@@ -237,7 +225,7 @@ def test_roi_features_are_of_their_boxes(name):
 
 
 def use_few_regions(config: Config) -> None:
-    """Thousands of regions in a small image are all that takes time."""
+    """Take fewer regions: in a small image thousands of them take all the time."""
     for settings in nested([config.model.train_cfg, config.model.test_cfg]):
         for key, count in (("num", 32), ("max_per_img", 50), ("nms_pre", 100)):
             if key in settings:
@@ -268,7 +256,7 @@ def test_a_family_trains_evaluates_and_resumes(name, shapes, request, tmp_path):
         if "dino" in name:
             config.model.num_queries = 50
         else:
-            # What has learnt nothing yet outputs nothing above the usual threshold.
+            # A detector that has learnt nothing outputs nothing above the usual threshold.
             config.model.test_cfg.rcnn.score_thr = 0.0
             use_few_regions(config)
     elif name.startswith("segmentation"):
@@ -288,18 +276,12 @@ def test_a_family_trains_evaluates_and_resumes(name, shapes, request, tmp_path):
 
     first = call("train.py", path, "--work-dir", work_dir, "--cfg-options", f"train_cfg.{length}={steps}")
     assert re.search(FAMILIES[name], first), first[-3000:]
-    resumed = call(
-        "train.py",
-        path,
-        "--work-dir",
-        work_dir,
-        "--resume",
-        "--cfg-options",
-        f"train_cfg.{length}={2 * steps}",
-    )
+    options = ("--resume", "--cfg-options", f"train_cfg.{length}={2 * steps}")
+    resumed = call("train.py", path, "--work-dir", work_dir, *options)
     assert re.search(rf"resumed epoch: \d+, iter: {2}\b", resumed)
     assert re.search(FAMILIES[name], resumed)
     losses = [float(loss) for loss in re.findall(r" loss: ([\d.]+|nan|inf)", first + resumed)]
     assert len(losses) == 4
     assert all(loss == loss and loss < 1e4 for loss in losses)
-    assert (work_dir / (f"iter_{2 * steps}.pth" if iterations else f"epoch_{2 * steps}.pth")).is_file()
+    unit = "iter" if iterations else "epoch"
+    assert (work_dir / f"{unit}_{2 * steps}.pth").is_file()

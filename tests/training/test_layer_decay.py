@@ -20,8 +20,7 @@ CONFIGS = {
     "mmseg": "configs/segmentation/upernet_lf-tiny_160k_ade20k-512x512.py",
     "mmpretrain": "configs/imagenet/lf-tiny_300e_in1k.py",
 }
-# Tiny has 2, 2, 2, 2 blocks: layer 0 is the first patch embedding, 1 to 8 the blocks, 9 what is not in the
-# backbone.
+# Tiny has 2, 2, 2, 2 blocks: layer 0 is the first patch embedding, 1 to 8 are the blocks, 9 is outside.
 LAYERS = {
     "backbone.stages.0.patch_embed.": 0,
     "backbone.stages.0.blocks.0.": 1,
@@ -67,17 +66,13 @@ def test_every_parameter_s_rate(scope):
     config = load_config(CONFIGS[scope])
     init_default_scope(scope)
     model = MODELS.build(config.model)
-    built = build_optim_wrapper(
-        model, wrapper(layer_decay_rate=RATE, norm_decay_mult=0.0, bias_decay_mult=0.0)
-    )
+    settings = wrapper(layer_decay_rate=RATE, norm_decay_mult=0.0, bias_decay_mult=0.0)
+    built = build_optim_wrapper(model, settings)
     groups = groups_by_name(model, built.optimizer)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert set(groups) == set(trained)
-    norms = {
-        f"{name}."
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm, _BatchNorm))
-    }
+    kinds = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+    norms = {f"{name}." for name, module in model.named_modules() if isinstance(module, kinds)}
     for name in trained:
         layer = next((layer for prefix, layer in LAYERS.items() if name.startswith(prefix)), 9)
         assert groups[name]["lr"] == pytest.approx(LR * RATE ** (9 - layer)), name
@@ -90,13 +85,8 @@ def test_every_parameter_s_rate(scope):
 
 def test_factors_multiply_and_frozen_parameters_stay_out():
     model = nn.ModuleDict({"backbone": LaplacianFormer("tiny", frozen_stages=0), "head": nn.Linear(512, 3)})
-    built = build_optim_wrapper(
-        model,
-        wrapper(
-            layer_decay_rate=RATE,
-            custom_keys={"head": {"lr_mult": 10.0}, "blocks.0.attn": {"lr_mult": 0.1, "decay_mult": 0.0}},
-        ),
-    )
+    keys = {"head": {"lr_mult": 10.0}, "blocks.0.attn": {"lr_mult": 0.1, "decay_mult": 0.0}}
+    built = build_optim_wrapper(model, wrapper(layer_decay_rate=RATE, custom_keys=keys))
     groups = groups_by_name(model, built.optimizer)
     assert groups["head.weight"]["lr"] == pytest.approx(10 * LR)
     assert groups["backbone.stages.3.blocks.0.attn.q.weight"]["lr"] == pytest.approx(0.1 * LR * RATE**2)
@@ -118,17 +108,14 @@ def test_training_and_resuming_with_it():
         ("backbone.stages.0.patch_embed.norm.weight", 0),
         ("backbone.stages.3.norm.weight", 8),
     ):
-        step = (
-            (dict(model.named_parameters())[name] - before[name] * (1 - LR * RATE ** (9 - layer) * DECAY))
-            .abs()
-            .max()
-        )
-        assert step.item() == pytest.approx(LR * RATE ** (9 - layer), rel=0.02)
+        rate = LR * RATE ** (9 - layer)
+        decayed = before[name] * (1 - rate * DECAY)
+        step = (dict(model.named_parameters())[name] - decayed).abs().max()
+        assert step.item() == pytest.approx(rate, rel=0.02)
     again = build_optim_wrapper(model, wrapper(layer_decay_rate=RATE))
     again.load_state_dict(built.state_dict())
-    assert [group["lr"] for group in again.optimizer.param_groups] == [
-        group["lr"] for group in built.optimizer.param_groups
-    ]
+    rates, expected = ([group["lr"] for group in x.optimizer.param_groups] for x in (again, built))
+    assert rates == expected
 
 
 def test_it_prints_the_groups(monkeypatch):
@@ -136,10 +123,8 @@ def test_it_prints_the_groups(monkeypatch):
     monkeypatch.setattr(layer_decay, "print_log", lambda text, logger: printed.append(text))
     model = nn.ModuleDict({"backbone": LaplacianFormer("tiny"), "head": nn.Linear(512, 3)})
     build_optim_wrapper(model, wrapper(layer_decay_rate=RATE))
-    assert (
-        printed[0]
-        == f"lr {LR * RATE**9:g}: 4 parameters, backbone.stages.0.patch_embed.proj.weight the first"
-    )
+    first = "backbone.stages.0.patch_embed.proj.weight"
+    assert printed[0] == f"lr {LR * RATE**9:g}: 4 parameters, {first} the first"
     assert printed[-1] == f"lr {LR:g}: 2 parameters, head.weight the first"
     assert len(printed) == 10
 

@@ -1,4 +1,4 @@
-"""No checkpoint runs code: hostile files through every tool that takes one, and through mmengine's own loading."""
+"""No checkpoint runs code: hostile files through every tool that takes one, and mmengine's own loading."""
 
 from __future__ import annotations
 
@@ -27,39 +27,19 @@ from lf_dense.weights import reading
 from lf_dense.weights.reading import read_checkpoint
 
 DEMO = "configs/retinanet_lf_demo.py"
+TRAIN = ("train.py", DEMO, "--work-dir", "{out}")
+DATA = ("--cfg-options", "data_root={data}")
+RETINANET = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 TOOLS = {
     "predict": ("predict.py", DEMO, "{file}", "{image}", "--out", "{out}", "--device", "cpu"),
-    "test": ("test.py", DEMO, "{file}", "--work-dir", "{out}", "--cfg-options", "data_root={data}"),
-    "train --resume": (
-        "train.py",
-        DEMO,
-        "--resume",
-        "{file}",
-        "--work-dir",
-        "{out}",
-        "--cfg-options",
-        "data_root={data}",
-    ),
-    "train load_from": (
-        "train.py",
-        DEMO,
-        "--work-dir",
-        "{out}",
-        "--cfg-options",
-        "data_root={data}",
-        "load_from={file}",
-    ),
-    "train --pretrained": ("train.py", DEMO, "--pretrained", "{file}", "--work-dir", "{out}"),
+    "test": ("test.py", DEMO, "{file}", "--work-dir", "{out}", *DATA),
+    "train --resume": (*TRAIN, "--resume", "{file}", *DATA),
+    "train load_from": (*TRAIN, *DATA, "load_from={file}"),
+    "train --pretrained": (*TRAIN, "--pretrained", "{file}"),
     "inspect": ("inspect_checkpoint.py", "{file}"),
     "publish": ("publish.py", "{file}", "{out}/published.pth"),
     "convert": ("convert_pvtv2.py", "{file}", "{out}/converted.pth"),
-    "swap": (
-        "swap_config.py",
-        "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py",
-        "{out}/new.py",
-        "--pretrained",
-        "{file}",
-    ),
+    "swap": ("swap_config.py", RETINANET, "{out}/new.py", "--pretrained", "{file}"),
 }
 SENTENCE = {
     hostile.by_system: "holds posix.system, which could run code",
@@ -120,7 +100,7 @@ def test_nor_does_one_in_a_process_of_its_own(name, places, canary):
 
 
 def test_the_canary_dies_where_the_file_is_trusted(places, tmp_path):
-    """The files do what they are made for, and the option is what lets them."""
+    """The hostile files do run their code, and --trust-checkpoint lets them."""
     for index, kind in enumerate(hostile.KINDS):
         died = tmp_path / f"died_{index}"
         kind(places["file"], weights(), died)
@@ -164,9 +144,8 @@ def test_init_cfg_in_a_training(places, canary, monkeypatch, capsys):
 
 def test_a_config_in_a_checkpoint_is_not_run(guarded, tmp_path, canary):
     """mmengine's resume runs ``meta.config`` as Python; plain text passes every reader of pickles."""
-    torch.save(
-        {"state_dict": {}, "meta": {"config": f"open({str(canary)!r}, 'w')", "epoch": 1}}, tmp_path / "x.pth"
-    )
+    meta = {"config": f"open({str(canary)!r}, 'w')", "epoch": 1}
+    torch.save({"state_dict": {}, "meta": meta}, tmp_path / "x.pth")
     checkpoint = CheckpointLoader.load_checkpoint(str(tmp_path / "x.pth"))
     assert checkpoint["meta"] == {"epoch": 1}
 
@@ -251,15 +230,8 @@ def with_average(shapes, tmp_path_factory):
 def trained(shapes, with_average, tmp_path_factory):
     """A checkpoint of one epoch."""
     out = tmp_path_factory.mktemp("trained")
-    call(
-        "train.py",
-        with_average,
-        "--work-dir",
-        out,
-        "--cfg-options",
-        f"data_root={shapes}",
-        "train_cfg.max_epochs=1",
-    )
+    options = ("--cfg-options", f"data_root={shapes}", "train_cfg.max_epochs=1")
+    call("train.py", with_average, "--work-dir", out, *options)
     return out / "epoch_1.pth"
 
 
@@ -269,6 +241,9 @@ def test_a_run_with_a_moving_average_goes_on(trained, with_average, shapes, tmp_
     assert (tmp_path / "epoch_2.pth").is_file()
 
 
+TOO_SMALL = {"state": {}, "param_groups": [{"params": [0]}]}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -276,42 +251,23 @@ def test_a_run_with_a_moving_average_goes_on(trained, with_average, shapes, tmp_
         ({"meta": {}}, "has no meta.epoch, meta.iter"),
         ({"message_hub": None, "param_schedulers": None}, "has no message_hub, param_schedulers"),
         ({"state_dict": {"conv1.weight": torch.zeros(1)}}, "does not fit the config's model"),
-        (
-            {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}},
-            "its optimizer has 1 parameters in 1 groups",
-        ),
+        ({"optimizer": TOO_SMALL}, "its optimizer has 1 parameters in 1 groups"),
     ],
     ids=["optimizer", "meta", "hub", "model", "groups"],
 )
 def test_what_cannot_be_resumed(change, reason, trained, shapes, tmp_path, monkeypatch, capsys):
-    content = {
-        key: value
-        for key, value in {**torch.load(trained, weights_only=False), **change}.items()
-        if value is not None
-    }
+    changed = {**torch.load(trained, weights_only=False), **change}
+    content = {key: value for key, value in changed.items() if value is not None}
     torch.save(content, tmp_path / "x.pth")
-    arguments = (
-        DEMO,
-        "--work-dir",
-        tmp_path / "out",
-        "--resume",
-        tmp_path / "x.pth",
-        "--cfg-options",
-        f"data_root={shapes}",
-    )
+    options = ("--resume", tmp_path / "x.pth", "--cfg-options", f"data_root={shapes}")
+    arguments = (DEMO, "--work-dir", tmp_path / "out", *options)
     assert reason in refused(monkeypatch, capsys, "train.py", *arguments)
 
 
 def test_a_start_of_which_nothing_fits(shapes, tmp_path, monkeypatch, capsys):
     torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, tmp_path / "x.pth")
-    arguments = (
-        DEMO,
-        "--work-dir",
-        tmp_path / "out",
-        "--cfg-options",
-        f"data_root={shapes}",
-        f"load_from={tmp_path / 'x.pth'}",
-    )
+    options = ("--cfg-options", f"data_root={shapes}", f"load_from={tmp_path / 'x.pth'}")
+    arguments = (DEMO, "--work-dir", tmp_path / "out", *options)
     assert "no tensor of the checkpoint" in refused(monkeypatch, capsys, "train.py", *arguments)
 
 

@@ -1,4 +1,7 @@
-"""Weights of a LaplacianFormer, from whatever holds one: all of it arrives, or nothing does and a sentence says why."""
+"""Weights of a LaplacianFormer, from whatever holds one.
+
+Either all of them arrive, or nothing changes and one sentence says why.
+"""
 
 import functools
 import hashlib
@@ -69,20 +72,16 @@ def test_every_tensor_arrives_from_every_kind_of_model(source, tmp_path, prefix,
 
 def test_a_checkpoint_of_mmengine_with_its_logs(source, tmp_path):
     logs = HistoryBuffer(np.array([1.0, 2.0]), np.array([1, 1]))
-    path = save(
-        tmp_path / "x.pth",
-        {"state_dict": source.state_dict(), "message_hub": {"log_scalars": {"loss": logs}}},
-    )
+    hub = {"log_scalars": {"loss": logs}}
+    path = save(tmp_path / "x.pth", {"state_dict": source.state_dict(), "message_hub": hub})
     net = LaplacianFormer(SMALL)
     load_pretrained(net, path)
     assert same(net.state_dict(), source.state_dict())
 
 
 def test_as_a_config_s_initialisation(source, tmp_path):
-    path = save(
-        tmp_path / "x.pth",
-        {"state_dict": {f"backbone.{name}": value for name, value in source.state_dict().items()}},
-    )
+    state = {f"backbone.{name}": value for name, value in source.state_dict().items()}
+    path = save(tmp_path / "x.pth", {"state_dict": state})
     net = LaplacianFormer(SMALL, init_cfg={"type": "LaplacianPretrained", "checkpoint": str(path)})
     assert not same(net.state_dict(), source.state_dict())
     net.init_weights()
@@ -128,10 +127,8 @@ def failures(tmp_path, source):
     save(tmp_path / "none.pth", [1, 2, 3])
     yield "none.pth", "holds a list, and a dictionary"
     save(tmp_path / "arch.pth", LaplacianFormer({**SMALL, "embed_dims": (32, 64, 96, 128)}).state_dict())
-    yield (
-        "arch.pth",
-        r"only .*% of the backbone is in .*shape \(32, 3, 7, 7\) in the file, \(16, 3, 7, 7\) here",
-    )
+    shapes = r"shape \(32, 3, 7, 7\) in the file, \(16, 3, 7, 7\) here"
+    yield "arch.pth", f"only .*% of the backbone is in .*{shapes}"
     ran = tmp_path / "ran"
     save(tmp_path / "code.pth", {"state_dict": source.state_dict(), "meta": RunsCode(f"touch {ran}")})
     yield "code.pth", "holds posix.system, which could run code"
@@ -183,11 +180,8 @@ def test_from_an_address(source, tmp_path, server):
         assert same(net.state_dict(), source.state_dict())
     (tmp_path / "served" / "plain.pth").unlink()
     load_pretrained(LaplacianFormer(SMALL), f"{server}/plain.pth")  # from the cache
-    for name, reason in (
-        ("lf-00000000.pth", "cannot be fetched .*hash"),
-        ("gone.pth", "cannot be fetched .*404"),
-    ):
-        with pytest.raises(UsageError, match=reason):
+    for name, reason in (("lf-00000000.pth", "hash"), ("gone.pth", "404")):
+        with pytest.raises(UsageError, match=f"cannot be fetched .*{reason}"):
             load_pretrained(net, f"{server}/{name}")
         assert not (tmp_path / "cache" / "checkpoints" / name).exists()
 
@@ -205,16 +199,14 @@ def test_mmengine_s_short_names_are_read_as_weights_too(tmp_path, server, monkey
 
 def test_a_part_has_to_be_asked_for(source, tmp_path):
     state = source.state_dict()
-    path = save(
-        tmp_path / "x.pth", {name: value for name, value in state.items() if not name.startswith("stages.3")}
-    )
+    part = {name: value for name, value in state.items() if not name.startswith("stages.3")}
+    path = save(tmp_path / "x.pth", part)
     net = LaplacianFormer(SMALL)
     with pytest.raises(UsageError, match=r"only .*% of the backbone"):
         load_pretrained(net, path)
     report = load_pretrained(net, path, strict=False)
-    assert {reason for name, reason in report.left.items() if ".blocks." in name} == {
-        "stage 3 has 0 blocks in the file"
-    }
+    reasons = {reason for name, reason in report.left.items() if ".blocks." in name}
+    assert reasons == {"stage 3 has 0 blocks in the file"}
     assert all(name.startswith("stages.3") for name in report.left)
     assert same({name: value for name, value in net.state_dict().items() if name in report.taken}, state)
     assert "left at initialisation" in str(report)

@@ -1,4 +1,7 @@
-"""Pre-train, publish, fine-tune, with the tools: a detector and a segmentor start with exactly the tensors that were published."""
+"""Pre-train, publish and fine-tune with the tools.
+
+A detector and a segmentor start with exactly the tensors that were published.
+"""
 
 import re
 from pathlib import Path
@@ -31,8 +34,6 @@ def published(imagenette, tmp_path_factory) -> Path:
         "param_scheduler.1.begin=0",
         "train_dataloader.batch_size=20",
         "train_dataloader.num_workers=0",
-    ]
-    options += [
         "train_dataloader.persistent_workers=False",
         "val_dataloader.num_workers=0",
         "val_dataloader.persistent_workers=False",
@@ -50,11 +51,8 @@ def published(imagenette, tmp_path_factory) -> Path:
 
 
 def backbone_of(path):
-    return {
-        name: value
-        for name, value in read_checkpoint(str(path))["state_dict"].items()
-        if name.startswith("backbone.")
-    }
+    state = read_checkpoint(str(path))["state_dict"]
+    return {name: value for name, value in state.items() if name.startswith("backbone.")}
 
 
 @pytest.mark.parametrize(
@@ -65,37 +63,34 @@ def backbone_of(path):
     ],
 )
 def test_fine_tuning_starts_with_what_was_published(published, shared_data, tmp_path, config, framework):
-    """A step at a learning rate of 0 moves no weight, so the first checkpoint shows what training started from."""
+    """A step at a learning rate of 0 moves no weight, so the checkpoint shows what training started with."""
     pytest.importorskip(framework)
     if framework == "mmdet":
         options = [
             f"data_root={shared_data / 'coco_mini'}",
             *COCO_OPTIONS,
             "train_dataloader.dataset.indices=2",
+            "train_dataloader.batch_size=2",
+            "train_cfg.max_epochs=1",
+            "train_cfg.val_begin=9",
         ]
-        options += ["train_dataloader.batch_size=2", "train_cfg.max_epochs=1", "train_cfg.val_begin=9"]
         checkpoint = "epoch_1.pth"
     else:
         options = [
             f"data_root={shared_data / 'ade20k_real_samples'}",
             "train_cfg.max_iters=1",
             "train_cfg.val_interval=99",
-        ]
-        options += [
             "default_hooks.checkpoint.interval=1",
             "train_dataloader.batch_size=2",
             "train_dataloader.num_workers=0",
-        ]
-        options += [
             "train_dataloader.persistent_workers=False",
             "train_dataloader.dataset.pipeline.3.crop_size=(96,96)",
+            "model.data_preprocessor.size=(96,96)",
         ]
-        options += ["model.data_preprocessor.size=(96,96)"]
         checkpoint = "iter_1.pth"
     options += ["optim_wrapper.optimizer.lr=0.0"]
-    printed = call(
-        "train.py", config, "--work-dir", tmp_path, "--pretrained", published, "--cfg-options", *options
-    )
+    start = ("--work-dir", tmp_path, "--pretrained", published)
+    printed = call("train.py", config, *start, "--cfg-options", *options)
     assert "100.0% of the backbone's numbers" in printed
     started, given = backbone_of(tmp_path / checkpoint), backbone_of(published)
     assert set(started) == set(given)
@@ -104,13 +99,7 @@ def test_fine_tuning_starts_with_what_was_published(published, shared_data, tmp_
 
 def test_damaged_weights_stop_the_training_before_it_starts(published, shared_data, tmp_path):
     (tmp_path / "cut.pth").write_bytes(published.read_bytes()[:1000])
-    sentence = refusal(
-        "train.py",
-        "configs/retinanet_lf.py",
-        "--work-dir",
-        tmp_path / "run",
-        "--pretrained",
-        tmp_path / "cut.pth",
-    )
+    start = ("--work-dir", tmp_path / "run", "--pretrained", tmp_path / "cut.pth")
+    sentence = refusal("train.py", "configs/retinanet_lf.py", *start)
     assert "truncated" in sentence
     assert not list((tmp_path / "run").glob("*.pth"))

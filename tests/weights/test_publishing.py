@@ -1,4 +1,7 @@
-"""From a training checkpoint to one for others: nothing but weights and metadata, and a name that vouches for the bytes."""
+"""From a training checkpoint to one for others.
+
+It holds only weights and metadata, and its name vouches for its bytes.
+"""
 
 import hashlib
 import json
@@ -28,7 +31,7 @@ SMALL = {
 
 
 def training_checkpoint(path, arch):
-    """What mmengine writes: weights, averaged weights' counterpart, optimizer, schedulers, logs and metadata."""
+    """Write what mmengine writes: weights, their averages, optimizer, schedulers, logs and metadata."""
     net = LaplacianFormer(arch)
     state = {f"backbone.{name}": value for name, value in net.state_dict().items()}
     state["head.fc.weight"] = torch.randn(10, net.embed_dims[-1])
@@ -74,15 +77,12 @@ def test_weights_and_metadata_and_nothing_else(tmp_path, ending):
     read = read_checkpoint(str(path))
     assert set(read) == {"state_dict", "meta"}
     assert same(read["state_dict"], content["state_dict"])
-    assert (read["meta"]["arch"], read["meta"]["recipe"], read["meta"]["dataset"]) == (
-        "tiny",
-        "lf_x",
-        "Imagenette",
-    )
-    assert read["meta"]["metrics"] == meta["metrics"] == {"accuracy/top1": 62.5}
-    assert read["meta"]["epoch"] == 8
-    assert read["meta"]["dataset_meta"] == {"classes": ["a", "b"]}
-    assert read["meta"]["published_with"]["torch"] == torch.__version__
+    said = read["meta"]
+    assert (said["arch"], said["recipe"], said["dataset"]) == ("tiny", "lf_x", "Imagenette")
+    assert said["metrics"] == meta["metrics"] == {"accuracy/top1": 62.5}
+    assert said["epoch"] == 8
+    assert said["dataset_meta"] == {"classes": ["a", "b"]}
+    assert said["published_with"]["torch"] == torch.__version__
     fresh = LaplacianFormer("tiny")
     load_pretrained(fresh, path)
     assert same(fresh.state_dict(), net.state_dict())
@@ -91,9 +91,8 @@ def test_weights_and_metadata_and_nothing_else(tmp_path, ending):
 
 def test_the_backbone_alone_and_published_again(tmp_path):
     net, _ = training_checkpoint(tmp_path / "epoch_8.pth", SMALL)
-    path, meta = publish(
-        tmp_path / "epoch_8.pth", tmp_path / "lf.pth", backbone_only=True, metrics={"top1": 1.5}
-    )
+    paths = (tmp_path / "epoch_8.pth", tmp_path / "lf.pth")
+    path, meta = publish(*paths, backbone_only=True, metrics={"top1": 1.5})
     assert same(read_checkpoint(str(path))["state_dict"], net.state_dict())
     assert meta["arch"] == {key: SMALL[key] for key in ("embed_dims", "depths", "mlp_ratios")}
     again, meta_again = publish(path, path)
@@ -142,15 +141,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 def test_the_tools(tmp_path):
     training_checkpoint(tmp_path / "epoch_8.pth", "tiny")
-    printed = call(
-        "publish.py",
-        tmp_path / "epoch_8.pth",
-        tmp_path / "lf.pth",
-        "--dataset",
-        "Imagenette",
-        "--metric",
-        "top1=62.5",
-    )
+    stated = ("--dataset", "Imagenette", "--metric", "top1=62.5")
+    printed = call("publish.py", tmp_path / "epoch_8.pth", tmp_path / "lf.pth", *stated)
     (published,) = tmp_path.glob("lf-*.pth")
     assert str(published) in printed
     printed = call("inspect_checkpoint.py", published, "--arch", "tiny", "--tensors")
@@ -167,23 +159,15 @@ def test_the_tools(tmp_path):
     assert "beside them       ema_state_dict, optimizer, param_schedulers, message_hub" in printed
     renamed = published.rename(tmp_path / "lf-00000000.pth")
     assert "NOT 00000000 as its name says" in call("inspect_checkpoint.py", renamed)
-    (line,) = call(
-        "publish.py", tmp_path / "epoch_8.pth", tmp_path / "nowhere" / "lf.pth", code=2
-    ).splitlines()
+    printed = call("publish.py", tmp_path / "epoch_8.pth", tmp_path / "nowhere" / "lf.pth", code=2)
+    (line,) = printed.splitlines()
     assert "make it first" in line
 
 
 def test_metadata_survives_safetensors_as_values(tmp_path):
     pytest.importorskip("safetensors")
-    path = write_checkpoint(
-        tmp_path / "x.safetensors",
-        {"a": torch.ones(2)},
-        {"metrics": {"top1": 1.5}, "recipe": "x", "epoch": 3},
-    )
-    assert read_checkpoint(str(path))["meta"] == {
-        "format": "pt",
-        "metrics": {"top1": 1.5},
-        "recipe": "x",
-        "epoch": 3,
-    }
-    assert json.dumps(read_checkpoint(str(path))["meta"])
+    meta = {"metrics": {"top1": 1.5}, "recipe": "x", "epoch": 3}
+    path = write_checkpoint(tmp_path / "x.safetensors", {"a": torch.ones(2)}, meta)
+    read = read_checkpoint(str(path))["meta"]
+    assert read == {"format": "pt", **meta}
+    assert json.dumps(read)

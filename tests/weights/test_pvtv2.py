@@ -1,4 +1,7 @@
-"""PVTv2's weights in their public forms: every tensor where it belongs, bit for bit, and the same results of the parts that are shared."""
+"""PVTv2's weights in their public forms.
+
+Every tensor arrives where it belongs, bit for bit, and the parts that both networks share compute the same.
+"""
 
 import re
 
@@ -97,10 +100,9 @@ def test_every_tensor_is_its_source_s_bit_for_bit(tmp_path, model, arch, names):
         assert torch.equal(after[name], value), name
     assert {*report.taken, *report.converted} == set(expected)
     assert set(report.converted) == {name for name in expected if ".attn.k." in name or ".attn.v." in name}
-    # The convolution of the values is all that PVTv2 lacks, and it keeps what it had.
-    assert (
-        set(report.left) == {name for name in after if ".attn.dwconv." in name} == set(after) - set(expected)
-    )
+    # PVTv2 lacks the convolution of the values alone, which keeps its own weights.
+    convolutions = {name for name in after if ".attn.dwconv." in name}
+    assert set(report.left) == convolutions == set(after) - set(expected)
     assert set(report.left.values()) == {"PVTv2 has no convolution of the values"}
     assert all(torch.equal(after[name], before[name]) for name in report.left)
     assert all(re.search(r"\.attn\.(sr|norm)\.|^head\.", name) for name in report.unused)
@@ -112,31 +114,25 @@ def test_every_tensor_is_its_source_s_bit_for_bit(tmp_path, model, arch, names):
 def test_mmdet_s_form(tmp_path):
     source = mmdet_model()
     state = source.state_dict()
-    torch.save(
-        {"state_dict": {f"backbone.{name}": value for name, value in state.items()}}, tmp_path / "pvt.pth"
-    )
+    prefixed = {f"backbone.{name}": value for name, value in state.items()}
+    torch.save({"state_dict": prefixed}, tmp_path / "pvt.pth")
     net = LaplacianFormer("tiny")
     report = load_pretrained(net, tmp_path / "pvt.pth")
     after = net.state_dict()
     assert report.share > 0.99
     assert set(report.left) == {name for name in after if ".attn.dwconv." in name}
+    pairs = (("patch_embed.proj", "0.projection"), ("patch_embed.norm", "0.norm"), ("norm", "2"))
     for stage in range(4):
         for kind in ("weight", "bias"):
-            for ours, theirs in (
-                ("patch_embed.proj", "0.projection"),
-                ("patch_embed.norm", "0.norm"),
-                ("norm", "2"),
-            ):
-                assert torch.equal(
-                    after[f"stages.{stage}.{ours}.{kind}"], state[f"layers.{stage}.{theirs}.{kind}"]
-                )
+            for ours, theirs in pairs:
+                expected = state[f"layers.{stage}.{theirs}.{kind}"]
+                assert torch.equal(after[f"stages.{stage}.{ours}.{kind}"], expected)
             for block in range(2):
                 ours, theirs = f"stages.{stage}.blocks.{block}", f"layers.{stage}.1.{block}"
                 for part, piece in zip("qkv", state[f"{theirs}.attn.attn.in_proj_{kind}"].chunk(3)):
                     assert torch.equal(after[f"{ours}.attn.{part}.{kind}"], piece)
-                assert torch.equal(
-                    after[f"{ours}.attn.proj.{kind}"], state[f"{theirs}.attn.attn.out_proj.{kind}"]
-                )
+                out_proj = state[f"{theirs}.attn.attn.out_proj.{kind}"]
+                assert torch.equal(after[f"{ours}.attn.proj.{kind}"], out_proj)
                 assert torch.equal(after[f"{ours}.norm1.{kind}"], state[f"{theirs}.norm1.{kind}"])
                 assert torch.equal(after[f"{ours}.norm2.{kind}"], state[f"{theirs}.norm2.{kind}"])
                 for name, index in (("fc1", 0), ("dwconv", 1), ("fc2", 4)):
@@ -162,9 +158,8 @@ def test_shared_parts_compute_what_timm_s_do(tmp_path):
                 torch.testing.assert_close(mine.norm2(tokens), block.norm2(tokens))
                 torch.testing.assert_close(mine.ffn(tokens, hw_shape), block.mlp(tokens, list(hw_shape)))
                 torch.testing.assert_close(mine.attn.q(tokens), block.attn.q(tokens))
-                torch.testing.assert_close(
-                    torch.cat([mine.attn.k(tokens), mine.attn.v(tokens)], -1), block.attn.kv(tokens)
-                )
+                keys_and_values = torch.cat([mine.attn.k(tokens), mine.attn.v(tokens)], -1)
+                torch.testing.assert_close(keys_and_values, block.attn.kv(tokens))
                 torch.testing.assert_close(mine.attn.proj(tokens), block.attn.proj(tokens))
             torch.testing.assert_close(ours.norm(tokens), theirs.norm(tokens))
             x = F.gelu(wanted.permute(0, 3, 1, 2))
@@ -178,8 +173,7 @@ def test_shared_parts_compute_what_mmdet_s_do(tmp_path):
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         for ours, (embed, blocks, norm) in zip(net.stages, source.layers):
-            # mmdet gives this norm 1e-6, where the authors, whose weights it loads, and timm have torch's
-            # 1e-5.
+            # mmdet gives this norm 1e-6; the authors, whose weights it loads, have torch's 1e-5.
             embed.norm.eps = 1e-5
             tokens, hw_shape = ours.patch_embed(x.contiguous(memory_format=torch.channels_last))
             wanted, their_shape = embed(x)
@@ -187,9 +181,8 @@ def test_shared_parts_compute_what_mmdet_s_do(tmp_path):
             torch.testing.assert_close(tokens, wanted)
             for mine, block in zip(ours.blocks, blocks):
                 torch.testing.assert_close(mine.norm1(tokens), block.norm1(tokens))
-                torch.testing.assert_close(
-                    tokens + mine.ffn(tokens, hw_shape), block.ffn(tokens, hw_shape, identity=tokens)
-                )
+                expected = block.ffn(tokens, hw_shape, identity=tokens)
+                torch.testing.assert_close(tokens + mine.ffn(tokens, hw_shape), expected)
             torch.testing.assert_close(ours.norm(tokens), norm(tokens))
             x = wanted.transpose(1, 2).unflatten(2, hw_shape)
 
@@ -203,9 +196,8 @@ def test_another_depth_goes_block_by_block_when_asked(tmp_path):
     report = load_pretrained(net, tmp_path / "pvt.pth", strict=False)
     after = net.state_dict()
     for block in range(6):
-        assert torch.equal(
-            after[f"stages.2.blocks.{block}.attn.q.weight"], state[f"stages.2.blocks.{block}.attn.q.weight"]
-        )
+        name = f"stages.2.blocks.{block}.attn.q.weight"
+        assert torch.equal(after[name], state[name])
     assert report.left["stages.2.blocks.6.attn.q.weight"] == "stage 2 has 6 blocks in the file"
     assert "stages.1.blocks.3.attn.q.weight" in report.unused
 
@@ -217,22 +209,16 @@ def test_the_form_can_be_stated(tmp_path):
         load_pretrained(LaplacianFormer(B0), tmp_path / "pvt.pth", form="pvtv2")
     with pytest.raises(ValueError, match=r"the form .pvt. .* use one of auto"):
         load_pretrained(LaplacianFormer(B0), tmp_path / "pvt.pth", form="pvt")
-    net = LaplacianFormer(
-        B0,
-        init_cfg={"type": "LaplacianPretrained", "checkpoint": str(tmp_path / "pvt.pth"), "source": "timm"},
-    )
+    path = str(tmp_path / "pvt.pth")
+    init_cfg = {"type": "LaplacianPretrained", "checkpoint": path, "source": "timm"}
+    net = LaplacianFormer(B0, init_cfg=init_cfg)
     net.init_weights()
-    assert torch.equal(
-        net.stages[0].norm.weight, read_checkpoint(str(tmp_path / "pvt.pth"))["stages.0.norm.weight"]
-    )
+    assert torch.equal(net.stages[0].norm.weight, read_checkpoint(path)["stages.0.norm.weight"])
 
 
 def test_relatives_without_the_depthwise_convolution_are_not_taken_for_it(tmp_path):
-    state = {
-        name: value
-        for name, value in authors_names(timm_model("pvt_v2_b0").state_dict()).items()
-        if "dwconv" not in name
-    }
+    whole = authors_names(timm_model("pvt_v2_b0").state_dict())
+    state = {name: value for name, value in whole.items() if "dwconv" not in name}
     with pytest.raises(UsageError, match="no LaplacianFormer in it"):
         find_backbone(state, "pvt_v1.pth")
 
@@ -241,9 +227,8 @@ def test_no_form_has_the_markers_of_another():
     state = timm_model("pvt_v2_b0").state_dict()
     forms = {"timm": state, "pvtv2": authors_names(state), "mmdet": mmdet_model().state_dict()}
     for name, tensors in forms.items():
-        assert [
-            other for other, form in FORMS.items() if all(marker in tensors for marker in form.markers)
-        ] == [name]
+        fitting = [other for other, form in FORMS.items() if set(form.markers) <= set(tensors)]
+        assert fitting == [name]
     assert not convert_pvtv2(LaplacianFormer(B0).state_dict(), FORMS["timm"]).changed
 
 
@@ -255,9 +240,8 @@ def test_the_tool(tmp_path, ending):
     out = tmp_path / f"lf.{ending}"
     printed = call("convert_pvtv2.py", tmp_path / "pvt.pth", out, "--arch", "tiny")
     assert "converted  stages.0.blocks.0.attn.k.weight (k of stages.0.blocks.0.attn.kv.weight)" in printed
-    assert (
-        "left       stages.0.blocks.0.attn.dwconv.weight (PVTv2 has no convolution of the values)" in printed
-    )
+    left = "stages.0.blocks.0.attn.dwconv.weight (PVTv2 has no convolution of the values)"
+    assert f"left       {left}" in printed
     direct, through_file = LaplacianFormer("tiny"), LaplacianFormer("tiny")
     load_pretrained(direct, tmp_path / "pvt.pth")
     report = load_pretrained(through_file, out)

@@ -1,3 +1,5 @@
+"""Checkpoints that survive interruption: damage is seen, and the newest good one is found."""
+
 from __future__ import annotations
 
 import os
@@ -92,9 +94,11 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_mmengine_writes_through_the_atomic_backend(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(
-        saving, "write_atomically", lambda path, content: written.append((str(path), content))
-    )
+
+    def record(path, content):
+        written.append((str(path), content))
+
+    monkeypatch.setattr(saving, "write_atomically", record)
     from mmengine.fileio.backends import registry_utils
 
     for table, key in ((registry_utils.backends, "local"), (registry_utils.prefix_to_backends, "")):

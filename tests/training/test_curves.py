@@ -1,0 +1,73 @@
+"""Curves of a work dir: what is read from logs, and what is drawn."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lf_dense.errors import UsageError
+from lf_dense.training.curves import compare_losses, plot_curves, read_curves, read_scalars
+
+pytest.importorskip("matplotlib")
+import matplotlib.image
+
+
+def write_log(work_dir, run, *records, tail=""):
+    folder = work_dir / run / "vis_data"
+    folder.mkdir(parents=True)
+    (folder / "scalars.json").write_text("\n".join(map(json.dumps, records)) + tail)
+    return work_dir
+
+
+def losses(*pairs):
+    return [{"iter": step, "loss": loss} for step, loss in pairs]
+
+
+def test_a_resumed_run_replaces_what_it_did_again(tmp_path):
+    write_log(tmp_path, "20260101_000000", *losses((1, 9.0), (2, 8.0), (3, 7.0)), {"mAP": 0.1})
+    write_log(tmp_path, "20260102_000000", *losses((3, 6.0), (4, 5.0)), {"mAP": 0.2})
+    found, scores = read_curves(tmp_path, "mAP")
+    assert found == {1: 9.0, 2: 8.0, 3: 6.0, 4: 5.0}
+    assert scores == {3: 0.1, 4: 0.2}
+
+
+def test_a_line_that_was_cut_off_ends_its_file(tmp_path):
+    write_log(tmp_path, "run", *losses((1, 2.0)), tail='\n{"iter": 2, "lo')
+    assert read_scalars(tmp_path) == losses((1, 2.0))
+
+
+def test_folders_without_logs(tmp_path):
+    with pytest.raises(UsageError, match="holds no log"):
+        read_scalars(tmp_path)
+    write_log(tmp_path, "run", {"mAP": 0.5})
+    with pytest.raises(UsageError, match="of a training run, not of a test"):
+        read_curves(tmp_path, "mAP")
+
+
+def has_colour(path, colour):
+    pixels = matplotlib.image.imread(path)[..., :3]
+    return bool((abs(pixels - colour).max(-1) < 0.02).any())
+
+
+BLUE, ORANGE = (31 / 255, 119 / 255, 180 / 255), (1.0, 127 / 255, 14 / 255)
+
+
+def test_the_picture_has_a_line_for_each_curve(tmp_path):
+    write_log(tmp_path, "run", *losses((1, 2.0), (9, 1.0)))
+    alone = plot_curves(tmp_path, tmp_path / "new" / "alone.png", "mAP")
+    assert has_colour(alone, BLUE)
+    assert not has_colour(alone, ORANGE)
+    write_log(tmp_path, "run2", {"mAP": 0.5})
+    assert has_colour(plot_curves(tmp_path, tmp_path / "both.png", "mAP"), ORANGE)
+
+
+def test_groups_of_runs_are_compared(tmp_path):
+    for name, loss in (("a", 3.0), ("b", 2.0), ("c", 1.0)):
+        write_log(tmp_path / name, "run", *losses((1, loss), (2, loss / 2)))
+    groups = {"first": [tmp_path / "a", tmp_path / "b"], "second": [tmp_path / "c"]}
+    picture = compare_losses(groups, tmp_path / "compared.png")
+    assert has_colour(picture, BLUE)
+    assert has_colour(picture, ORANGE)
+    with pytest.raises(UsageError, match="holds no log"):
+        compare_losses({"none": [tmp_path / "gone"]}, tmp_path / "compared.png")

@@ -1,0 +1,124 @@
+"""Predictions without a command line: which images are found, what a record holds, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("mmdet")
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData, PixelData
+
+from lf_dense.errors import UsageError
+from lf_dense.frameworks import load_config
+from lf_dense.training.prediction import Predictor, find_images, predict_images
+
+DEMO = "configs/retinanet_lf_demo.py"
+
+
+def test_images_are_found_below_a_folder(tmp_path):
+    for name in ("b.JPG", "a.png", "deep/c.tiff", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
+    assert found == ["a.png", "b.JPG", "deep/c.tiff"]
+    assert find_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]  # what is named is taken
+    with pytest.raises(UsageError, match="is not there"):
+        find_images(tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no image"):
+        find_images(tmp_path / "empty")
+
+
+def bare(scope, classes):
+    """A predictor without a model, for what it makes of a sample."""
+    predictor = Predictor.__new__(Predictor)
+    predictor.scope, predictor.meta = scope, {"classes": classes}
+    return predictor
+
+
+def test_a_detection_s_record():
+    masks = torch.zeros(2, 4, 6, dtype=torch.bool)
+    masks[0, 1:3, 2:5] = True
+    instances = InstanceData(
+        bboxes=torch.tensor([[2.0, 1.0, 5.0, 3.0], [0.0, 0.0, 1.0, 1.0]]),
+        scores=torch.tensor([0.9, 0.2]),
+        labels=torch.tensor([1, 0]),
+        masks=masks,
+    )
+    sample = DetDataSample(pred_instances=instances)
+    (found,) = bare("mmdet", ["cat", "dog"]).record(sample, score_thr=0.5)["predictions"]
+    assert found["class"] == "dog"
+    assert found["score"] == pytest.approx(0.9)
+    assert found["bbox"] == [2.0, 1.0, 5.0, 3.0]
+    from pycocotools import mask as coco_mask
+
+    assert np.array_equal(coco_mask.decode(found["mask"]).astype(bool), masks[0].numpy())
+    json.dumps(found)
+
+
+def test_a_segmentation_s_record():
+    sample = DetDataSample()
+    sample.pred_sem_seg = PixelData(data=torch.tensor([[[0, 0, 2, 0]]]))
+    record = bare("mmseg", ["road", "car", "sky"]).record(sample, score_thr=0.5)
+    assert record == {"classes": {"road": 0.75, "sky": 0.25}}
+
+
+def test_a_classification_s_record():
+    sample = DetDataSample()
+    sample.set_field(torch.tensor([0.1, 0.7, 0.2]), "pred_score", dtype=torch.Tensor)
+    found = bare("mmpretrain", ["a", "b", "c"]).record(sample, score_thr=0.5)["predictions"]
+    assert [entry["class"] for entry in found] == ["b", "c", "a"]
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    """The demo's detector with random weights, and a threshold that lets some boxes through."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    config = load_config(DEMO, {"model.test_cfg.score_thr": 0.0})
+    init_default_scope("mmdet")
+    path = tmp_path_factory.mktemp("weights") / "demo.pth"
+    torch.save({"state_dict": MODELS.build(config.model).state_dict()}, path)
+    return Predictor(config, str(path), "cpu")
+
+
+def save_image(path, height=70, width=50):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)).save(path)
+
+
+def test_pictures_and_records_have_the_images_names(predictor, tmp_path):
+    for name in ("in/a.jpg", "in/a.png", "in/deep/b.png"):
+        save_image(tmp_path / name)
+    result = predict_images(predictor, tmp_path / "in", tmp_path / "in" / "out", score_thr=0.0)
+    images = json.loads(result.read_text())["images"]
+    assert set(images) == {"a.jpg", "a.png", "deep/b.png"}
+    assert all((record["height"], record["width"]) == (70, 50) for record in images.values())
+    assert all((tmp_path / "in" / "out" / "pictures" / f"{name}.png").is_file() for name in images)
+    # The pictures lie below the source, and are no input of a second call.
+    again = json.loads(predict_images(predictor, tmp_path / "in", tmp_path / "in" / "out").read_text())
+    assert set(again["images"]) == set(images)
+
+
+def test_files_that_are_no_images_are_named_after_the_others_are_done(predictor, tmp_path):
+    save_image(tmp_path / "in" / "good.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"1 of 2 files could not be read as images: .*bad\.png"):
+        predict_images(predictor, tmp_path / "in", tmp_path / "out")
+    assert set(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == {"good.png"}
+
+
+def test_classes_have_to_be_known_from_somewhere(tmp_path):
+    config = load_config(DEMO)
+    config.test_dataloader.dataset.metainfo = {}
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope("mmdet")
+    torch.save({"state_dict": MODELS.build(config.model).state_dict()}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match="names the classes: set test_dataloader"):
+        Predictor(config, str(tmp_path / "x.pth"), "cpu")
