@@ -14,8 +14,8 @@ help:
 	@echo "make coverage   the tests, and which lines of lf_dense they ran: htmlcov/index.html"
 	@echo "make wheel      a wheel with the operators compiled, in dist/"
 	@echo "make sanitize   the operators' tests, compiled with AddressSanitizer and UBSan (about 10 minutes)"
-	@echo "make gpu-check  build, test, check and measure the operators on this machine's GPU (at most 10 minutes;"
-	@echo "                needs nvcc, and torch and pytest in \$$(PYTHON); results in work_dirs/gpu_check or OUT=...)"
+	@echo "make gpu-check  build, test, check and measure the operators on this machine's GPU (10 minutes; needs"
+	@echo "                nvcc, torch and pytest in \$$(PYTHON); results in work_dirs/gpu_check, or OUT=...)"
 
 setup:
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)

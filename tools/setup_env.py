@@ -73,7 +73,7 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
         Step("test and lint tools", requirement_args("dev"), "import pytest, hypothesis, safetensors"),
         Step(
             "models to compare with",
-            ["--no-deps", *requirement_args("peers")],
+            ["--no-deps", *requirement_args("comparisons")],
             "import timm, efficientnet_lite_pytorch",
         ),
         Step(

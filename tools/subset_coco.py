@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from lf_dense.errors import UsageError, run_tool, tool_parser
-from lf_dense.files import write_atomically
+from lf_dense.errors import run_tool, tool_parser
+from lf_dense.training.coco_subset import write_subset
 
 
 def main() -> None:
@@ -23,21 +22,8 @@ def main() -> None:
         "--min-area", type=float, default=0.0, help="only images whose every object covers as many pixels"
     )
     args = parser.parse_args()
-    if not args.annotations.is_file():
-        raise UsageError(f"{args.annotations} is not there.")
-    content = json.loads(args.annotations.read_text())
-    objects = content["annotations"]
-    annotated = {each["image_id"] for each in objects if not each.get("iscrowd")}
-    annotated -= {each["image_id"] for each in objects if each["area"] < args.min_area}
-    content["images"] = [image for image in content["images"] if image["id"] in annotated][: args.images]
-    kept = {image["id"] for image in content["images"]}
-    if len(kept) < args.images:
-        raise UsageError(
-            f"{args.annotations} has {len(kept)} images that fit, and {args.images} were asked for."
-        )
-    content["annotations"] = [each for each in objects if each["image_id"] in kept]
-    write_atomically(args.out, json.dumps(content).encode())
-    print(f"wrote {args.out}: {len(kept)} images, {len(content['annotations'])} annotations")
+    content = write_subset(args.annotations, args.out, args.images, args.min_area)
+    print(f"wrote {args.out}: {len(content['images'])} images, {len(content['annotations'])} annotations")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ class Trainer:
         torch.manual_seed(seed)
         model = build_model(VARIANTS[name], recipe, int(train_set.labels.max()) + 1)
         # The stubs of torch do not know this argument.
-        self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: Any = model.to(self.device)
+        self.model.to(memory_format=torch.channels_last)
         groups = parameter_groups(self.model, recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
         self.steps_per_epoch = len(train_set.labels) // recipe.batch_size

@@ -33,7 +33,7 @@ def explained() -> Iterator[None]:
     """Explain what a block raises where the config is the cause.
 
     Raises:
-        UsageError: a component of the config cannot be built, or a layer gets another number of channels than it takes.
+        UsageError: a component of the config cannot be built, or a layer gets too few or too many channels.
     """
     try:
         yield
@@ -44,8 +44,8 @@ def explained() -> Iterator[None]:
         if found is None:
             raise
         raise UsageError(
-            f"a layer of the model takes {found['wanted']} channels and gets {found['given']}: in_channels of the neck and "
-            "the heads have to be those of the maps that they read (--traceback shows which layer)."
+            f"a layer of the model takes {found['wanted']} channels and gets {found['given']}: in_channels "
+            "of the neck and the heads have to be those of the maps that they read (--traceback shows which)."
         ) from error
     except _BUILD_ERRORS as error:
         component = _being_built(error)

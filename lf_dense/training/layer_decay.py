@@ -21,9 +21,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     A config names it in ``optim_wrapper.constructor``, and the rate in ``paramwise_cfg.layer_decay_rate``.
 
     A parameter of layer i of n (``LaplacianFormer.get_layer_depth``) learns at
-    ``lr * layer_decay_rate ** (n - 1 - i)``. What is not in the backbone learns at ``lr``. The rest of ``paramwise_cfg`` is mmengine's
-    (``norm_decay_mult``, ``custom_keys``, ...) and its factors multiply with the decay. Parameters of one
-    layer and one setting share a group, named by ``param_names`` in the log.
+    ``lr * layer_decay_rate ** (n - 1 - i)``. What is not in the backbone learns at ``lr``. The rest of
+    ``paramwise_cfg`` is mmengine's (``norm_decay_mult``, ``custom_keys``, ...) and its factors multiply with
+    the decay. Parameters of one layer and one setting share a group, named by ``param_names`` in the log.
 
     Raises:
         UsageError: the rate is missing or not in (0, 1], or the model has no LaplacianFormer.
@@ -56,8 +56,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         }
         if not backbones:
             raise UsageError(
-                "LayerDecayOptimWrapperConstructor decays by the layers of a LaplacianFormer, and the model has none: drop"
-                " the constructor."
+                "LayerDecayOptimWrapperConstructor decays by the layers of a LaplacianFormer, and the model "
+                "has none: drop the constructor."
             )
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         groups: dict[tuple, dict] = {}

@@ -138,10 +138,11 @@ def check_neck(config: Config) -> None:
         channels = [dims[stage] for stage in backbone.get("out_indices", range(NUM_STAGES))]
     except (IndexError, TypeError, ValueError):
         return  # building the backbone says what is wrong with it
-    if list(neck.get("in_channels", ())) != channels:
+    stated = list(neck.get("in_channels", ()))
+    if stated != channels:
         raise UsageError(
-            f"model.neck.in_channels is {neck.get('in_channels')}, and the backbone returns maps of {channels} "
-            "channels: set it to these."
+            f"model.neck.in_channels is {stated}, and the backbone returns maps of {channels} channels: "
+            "set it to these."
         )
 
 

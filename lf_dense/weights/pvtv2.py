@@ -82,7 +82,8 @@ FORMS = {
 }
 
 _PLACE = re.compile(
-    r"stages\.[0-3]\.(patch_embed\.(proj|norm)|norm|blocks\.\d+\.(norm[12]|attn\.(q|k|v|kv|qkv|proj)|ffn\.(fc1|dwconv|fc2)))\.(weight|bias)"
+    r"stages\.[0-3]\.(patch_embed\.(proj|norm)|norm"
+    r"|blocks\.\d+\.(norm[12]|attn\.(q|k|v|kv|qkv|proj)|ffn\.(fc1|dwconv|fc2)))\.(weight|bias)"
 )
 
 

@@ -240,10 +240,8 @@ def _json_or_text(text: str) -> Any:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     with open_safetensors(path) as file:
         meta = {key: _json_or_text(value) for key, value in (file.metadata() or {}).items()}
-        return {
-            "state_dict": {key: file.get_tensor(key) for key in file.keys()},
-            "meta": meta,
-        }
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return {"state_dict": tensors, "meta": meta}
 
 
 def _tensors_within(value: Any) -> Iterator[Tensor]:

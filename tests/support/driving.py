@@ -13,6 +13,9 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 
+import pytest
+
+from lf_dense.errors import run_tool
 from support import ROOT
 
 COCO_OPTIONS = (
@@ -67,6 +70,19 @@ def refusal(tool: str, *arguments: object) -> str:
     printed = call(tool, *arguments, code=2)
     assert "Traceback" not in printed
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tool: str, *arguments: object
+) -> str:
+    """The one sentence with which a tool refuses, run in this process: for many refusals in little time."""
+    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        run_tool(load_tool(tool.removesuffix(".py")).main)
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
 
 

@@ -12,7 +12,7 @@ from mmengine.registry import MODELS
 from lf_dense import LaplacianFormer
 from lf_dense.errors import UsageError
 from lf_dense.training.explaining import explained
-from support.driving import refusal
+from support.driving import refused
 
 
 def build(**settings):
@@ -80,10 +80,10 @@ DEMO = "configs/retinanet_lf_demo.py"
         ("train_dataloader.dataset.pipeline.99.scale=3", "--cfg-options do not fit the config: Index 99"),
     ],
 )
-def test_train_says_what_to_set(option, reason, shapes, tmp_path):
+def test_train_says_what_to_set(option, reason, shapes, tmp_path, monkeypatch, capsys):
     pytest.importorskip("mmdet")
     options = ("--cfg-options", f"data_root={shapes}", option)
-    assert reason in refusal("train.py", DEMO, "--work-dir", tmp_path, *options)
+    assert reason in refused(monkeypatch, capsys, "train.py", DEMO, "--work-dir", tmp_path, *options)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,6 @@ def test_train_says_what_to_set(option, reason, shapes, tmp_path):
         ("json.json", "{", "JSONDecodeError"),
     ],
 )
-def test_a_file_that_is_no_config(name, content, reason, tmp_path):
+def test_a_file_that_is_no_config(name, content, reason, tmp_path, monkeypatch, capsys):
     (tmp_path / name).write_text(content)
-    assert reason in refusal("train.py", tmp_path / name)
+    assert reason in refused(monkeypatch, capsys, "train.py", tmp_path / name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import zipfile
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from support import hostile
-from support.driving import ROOT, call, load_tool, refusal
+from support.driving import call, refusal, refused
 
 pytest.importorskip("mmdet")
 from mmengine.config import Config, ConfigDict
@@ -22,9 +21,9 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from lf_dense import LaplacianFormer
-from lf_dense.errors import UsageError, run_tool
+from lf_dense.errors import UsageError
 from lf_dense.weights import reading
-from lf_dense.weights.reading import read_checkpoint
+from lf_dense.weights.reading import check_checkpoint, read_checkpoint
 
 DEMO = "configs/retinanet_lf_demo.py"
 TRAIN = ("train.py", DEMO, "--work-dir", "{out}")
@@ -71,16 +70,6 @@ def places(shapes, tmp_path):
 
 def weights():
     return {"state_dict": LaplacianFormer("tiny").state_dict(), "meta": {"epoch": 1, "iter": 4}}
-
-
-def refused(monkeypatch, capsys, tool: str, *arguments: object) -> str:
-    """Run a tool's command line in this process, and return the one sentence with which it ended."""
-    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        run_tool(load_tool(tool.removesuffix(".py")).main)
-    assert ended.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 @pytest.mark.parametrize("kind", hostile.KINDS, ids=lambda kind: kind.__name__)
@@ -212,65 +201,6 @@ def test_what_is_no_file_of_weights_is_named(tmp_path):
             read_checkpoint(tmp_path / name)
 
 
-@pytest.fixture(scope="module")
-def with_average(shapes, tmp_path_factory):
-    """The demo's config on a few images, with a moving average of the weights."""
-    path = tmp_path_factory.mktemp("config") / "with_average.py"
-    path.write_text(
-        f"_base_ = {str(ROOT / DEMO)!r}\n"
-        "custom_hooks = [dict(type='EMAHook')]\n"
-        "train_dataloader = dict(batch_size=6)\n"
-        "train_cfg = dict(val_interval=1)\n"
-        "default_hooks = dict(checkpoint=dict(interval=1))\n"
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(shapes, with_average, tmp_path_factory):
-    """A checkpoint of one epoch."""
-    out = tmp_path_factory.mktemp("trained")
-    options = ("--cfg-options", f"data_root={shapes}", "train_cfg.max_epochs=1")
-    call("train.py", with_average, "--work-dir", out, *options)
-    return out / "epoch_1.pth"
-
-
-def test_a_run_with_a_moving_average_goes_on(trained, with_average, shapes, tmp_path):
-    options = ("--resume", trained, "--cfg-options", f"data_root={shapes}", "train_cfg.max_epochs=2")
-    assert "resumed epoch: 1, iter: 2" in call("train.py", with_average, "--work-dir", tmp_path, *options)
-    assert (tmp_path / "epoch_2.pth").is_file()
-
-
-TOO_SMALL = {"state": {}, "param_groups": [{"params": [0]}]}
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"optimizer": None}, "has no optimizer"),
-        ({"meta": {}}, "has no meta.epoch, meta.iter"),
-        ({"message_hub": None, "param_schedulers": None}, "has no message_hub, param_schedulers"),
-        ({"state_dict": {"conv1.weight": torch.zeros(1)}}, "does not fit the config's model"),
-        ({"optimizer": TOO_SMALL}, "its optimizer has 1 parameters in 1 groups"),
-    ],
-    ids=["optimizer", "meta", "hub", "model", "groups"],
-)
-def test_what_cannot_be_resumed(change, reason, trained, shapes, tmp_path, monkeypatch, capsys):
-    changed = {**torch.load(trained, weights_only=False), **change}
-    content = {key: value for key, value in changed.items() if value is not None}
-    torch.save(content, tmp_path / "x.pth")
-    options = ("--resume", tmp_path / "x.pth", "--cfg-options", f"data_root={shapes}")
-    arguments = (DEMO, "--work-dir", tmp_path / "out", *options)
-    assert reason in refused(monkeypatch, capsys, "train.py", *arguments)
-
-
-def test_a_start_of_which_nothing_fits(shapes, tmp_path, monkeypatch, capsys):
-    torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, tmp_path / "x.pth")
-    options = ("--cfg-options", f"data_root={shapes}", f"load_from={tmp_path / 'x.pth'}")
-    arguments = (DEMO, "--work-dir", tmp_path / "out", *options)
-    assert "no tensor of the checkpoint" in refused(monkeypatch, capsys, "train.py", *arguments)
-
-
 def test_trust_is_for_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "_trusted", set())
     for name in ("mine.pth", "other.pth"):
@@ -279,3 +209,37 @@ def test_trust_is_for_one_file(tmp_path, monkeypatch):
     assert read_checkpoint(tmp_path / "mine.pth") == {"x": os.getpid()}
     with pytest.raises(UsageError, match=r"other\.pth holds posix\.getpid"):
         read_checkpoint(tmp_path / "other.pth")
+
+
+def save(path, **options):
+    torch.save({"state_dict": {"weight": torch.arange(1000.0)}}, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_truncation_at_any_length_is_seen(tmp_path, legacy):
+    path = save(tmp_path / "epoch_1.pth", _use_new_zipfile_serialization=not legacy)
+    check_checkpoint(path)
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(UsageError, match=r"epoch_1\.pth is empty \(0 bytes\)"):
+        check_checkpoint(path)
+    for length in (1, 3, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UsageError, match=rf"epoch_1\.pth \({length} bytes\) is truncated"):
+            check_checkpoint(path)
+
+
+def test_damage_in_the_middle_is_seen(tmp_path):
+    path = save(tmp_path / "epoch_1.pth")
+    content = bytearray(path.read_bytes())
+    at = content.index(torch.arange(1000.0).numpy().tobytes()[400:480])
+    content[at] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="truncated or not"):
+        check_checkpoint(path)
+
+
+def test_absent_checkpoint(tmp_path):
+    with pytest.raises(UsageError, match="is not there"):
+        check_checkpoint(tmp_path / "epoch_1.pth")
