@@ -49,9 +49,8 @@ class Trainer:
         self.device = train_set.labels.device
         torch.manual_seed(seed)
         model = build_model(VARIANTS[name], recipe, int(train_set.labels.max()) + 1)
-        # The stubs of torch do not know this argument.
-        self.model: Any = model.to(self.device)
-        self.model.to(memory_format=torch.channels_last)
+        self.model = model.to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = parameter_groups(self.model, recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
         self.steps_per_epoch = len(train_set.labels) // recipe.batch_size

@@ -7,10 +7,10 @@ that ``--resume``, ``load_from`` and ``init_cfg`` read alike.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import re
+import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -129,9 +129,8 @@ def _unpickle(path: Path) -> Any:
 def _refusal(source: str | Path, error: Exception) -> UsageError:
     """The sentence for a file that could not be unpickled."""
     # torch's advice stands before its own reason, and ends after it.
-    reason = (
-        " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2].partition(" Check the doc")[0]
-    )
+    text = " ".join(str(error).split())
+    reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the doc")[0]
     found = _NAMED_TYPE.search(reason)
     if found:
         return UsageError(
@@ -154,10 +153,13 @@ def _check_archive(path: Path) -> None:
     """Read an archive's entries through, checksums included.
 
     Raises:
-        UsageError: it unpacks to more than it is, or is damaged.
+        UsageError: it is a program, or unpacks to more than it is.
+        ValueError: it is damaged.
     """
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise UsageError(f"the checkpoint {path} is a TorchScript program: give a file of weights.")
         declared = sum(entry.file_size for entry in archive.infolist())
         if declared > size:
             raise UsageError(
@@ -183,6 +185,11 @@ def _check_file(path: Path, unpickle: bool) -> None:
                 return
         if _is_archive(path):
             _check_archive(path)
+        elif tarfile.is_tarfile(path):
+            # torch before 2.6 runs code from these even where it is told to read weights alone.
+            raise UsageError(
+                f"the checkpoint {path} has PyTorch's first format, a tar archive: use another."
+            )
         elif unpickle:
             _unpickle(path)
     except UsageError:
@@ -244,13 +251,20 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return {"state_dict": tensors, "meta": meta}
 
 
-def _tensors_within(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from itertools.chain.from_iterable(map(_tensors_within, value.values()))
-    elif isinstance(value, (list, tuple)):
-        yield from itertools.chain.from_iterable(map(_tensors_within, value))
+def _tensors_within(content: Any) -> Iterator[Tensor]:
+    """Every tensor of some content, once; lists may hold one another many times over, or themselves."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
 
 
 def _check_tensors(content: Any, size: int) -> None:

@@ -51,7 +51,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int6
 #else
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  kernel<<<dim3(blocks), dim3(threads), shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments...);
+  kernel<<<dim3(blocks), dim3(threads), shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
 #endif
   check(cudaGetLastError());
 }

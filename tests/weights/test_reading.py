@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 import zipfile
 
 import numpy as np
@@ -190,7 +191,12 @@ def test_what_is_no_file_of_weights_is_named(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10**8))
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "program.pth")
+    with tarfile.open(tmp_path / "first_format.pth", "w") as archive:
+        archive.add(tmp_path / "list.pth", "storages")
     for name, reason in (
+        ("program.pth", "is a TorchScript program"),
+        ("first_format.pth", "a tar archive"),
         ("", "is a folder: give a file in it"),
         ("gone.pth", "is not there"),
         ("empty.pth", r"is empty \(0 bytes\)"),
@@ -243,3 +249,14 @@ def test_damage_in_the_middle_is_seen(tmp_path):
 def test_absent_checkpoint(tmp_path):
     with pytest.raises(UsageError, match="is not there"):
         check_checkpoint(tmp_path / "epoch_1.pth")
+
+
+def test_lists_within_lists_are_read_in_time(tmp_path):
+    """Thirty lists, each twice in the next: a billion paths, and one tensor."""
+    nested = [torch.zeros(1)]
+    for _ in range(30):
+        nested = [nested, nested]
+    endless = []
+    endless.append(endless)
+    torch.save({"nested": nested, "endless": endless}, tmp_path / "x.pth")
+    assert len(list(reading._tensors_within(read_checkpoint(tmp_path / "x.pth")))) == 1
