@@ -96,7 +96,8 @@ def train(folder: Path, shapes: Path, processes: int, *options: str) -> Trained:
         printed = run_script("dist_train.sh", config, processes, *arguments)
         assert "no GPU is visible: torch.distributed runs on CPUs, by gloo." in printed
         # A gloo thread that is alive while the interpreter ends can abort the process.
-        threads = re.findall(r"threads at exit: (.*)", printed)
+        # Two processes may write on one line.
+        threads = re.findall(r"threads at exit: (\[.*?\])", printed)
         assert len(threads) == processes
         assert not any("gloo" in names for names in threads), threads
     weights = torch.load(folder / "epoch_4.pth", map_location="cpu", weights_only=False)["state_dict"]
