@@ -187,9 +187,7 @@ def _check_file(path: Path, unpickle: bool) -> None:
             _check_archive(path)
         elif tarfile.is_tarfile(path):
             # torch before 2.6 runs code from these even where it is told to read weights alone.
-            raise UsageError(
-                f"the checkpoint {path} has PyTorch's first format, a tar archive: use another."
-            )
+            raise UsageError(f"the checkpoint {path} has PyTorch's first format, a tar archive: use another.")
         elif unpickle:
             _unpickle(path)
     except UsageError:
