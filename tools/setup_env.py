@@ -8,6 +8,7 @@ on where it stopped, and a changed pin reruns its step and all that follow.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import shutil
@@ -20,10 +21,11 @@ import venv
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
+BUILD_MMCV = ROOT / "tools" / "build_mmcv.py"
 MIN_PYTHON = (3, 11)
 # torchvision 0.16.2, the last to import beside a CPU-only torch of another version, has no wheel for newer.
 CPU_TORCH_MAX_PYTHON = (3, 11)
@@ -31,23 +33,27 @@ HEARTBEAT_SECONDS = 30
 
 
 class Step(NamedTuple):
-    """One pip call, and the Python statement that proves that it worked."""
+    """One call of the environment's interpreter, and the Python statement that proves that it worked."""
 
     title: str
-    pip_args: list[str]
+    arguments: list[str]
     proof: str
     environment: Mapping[str, str] = MappingProxyType({})
 
 
-def requirement_args(name: str) -> list[str]:
-    return ["-r", str(REQUIREMENTS / f"{name}.txt")]
+def requirements(name: str) -> str:
+    return str(REQUIREMENTS / f"{name}.txt")
+
+
+def pip(*arguments: str) -> list[str]:
+    return ["-m", "pip", "install", *arguments]
 
 
 def plan(torch_has_cuda: bool | None) -> list[Step]:
     """The steps in order; ``torch_has_cuda`` is None while torch is not installed yet."""
     steps = [
-        Step("pip and the build tools", ["-U", *requirement_args("build")], "import setuptools, wheel"),
-        Step("PyTorch", requirement_args("torch"), "import torch, numpy"),
+        Step("pip and the build tools", pip("-U", "-r", requirements("build")), "import setuptools, wheel"),
+        Step("PyTorch", pip("-r", requirements("torch")), "import torch, numpy"),
     ]
     if torch_has_cuda is None:
         return steps
@@ -55,30 +61,27 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
     # mmcv builds for a GPU that is visible, and needs nvcc for that. Without nvcc it can build for the CPU.
     hidden_gpus = {} if shutil.which("nvcc") else {"CUDA_VISIBLE_DEVICES": ""}
-    # A plain install would build mmcv without torch, yield a wheel with no operators, and cache it. For pip,
-    # mmcv counts as installed even if it was compiled against another torch or without operators.
-    build_mmcv = ["--no-cache-dir", "--no-deps", "--no-build-isolation", "--force-reinstall"]
     use_native = "lf_dense.newton_schulz_inverse(torch.ones(1, 1), backend='native')"
     return [
         *steps,
-        Step("libraries", requirement_args("libs"), "import cv2, scipy, matplotlib, pycocotools"),
-        Step("torchvision", ["--no-deps", *requirement_args(vision)], "import torchvision"),
-        Step("OpenMMLab packages", ["--no-deps", *requirement_args("frameworks")], "import mmengine"),
+        Step("libraries", pip("-r", requirements("libs")), "import cv2, scipy, matplotlib, pycocotools"),
+        Step("torchvision", pip("--no-deps", "-r", requirements(vision)), "import torchvision"),
+        Step("OpenMMLab packages", pip("--no-deps", "-r", requirements("frameworks")), "import mmengine"),
         Step(
-            "mmcv, compiling its operators (about 6 minutes on 2 cores)",
-            [*build_mmcv, *requirement_args("mmcv")],
+            "mmcv, compiling its operators (a minute on 2 cores; with CUDA many)",
+            [str(BUILD_MMCV), requirements("mmcv")],
             "import mmcv.ops, mmdet.apis, mmseg.apis, mmpretrain.apis",
-            {"MAX_JOBS": jobs, "CFLAGS": "-O1 -g0 -w", **hidden_gpus},
+            {"MAX_JOBS": jobs, **hidden_gpus},
         ),
-        Step("test and lint tools", requirement_args("dev"), "import pytest, hypothesis, safetensors"),
+        Step("test and lint tools", pip("-r", requirements("dev")), "import pytest, hypothesis, safetensors"),
         Step(
             "models to compare with",
-            ["--no-deps", *requirement_args("comparisons")],
+            pip("--no-deps", "-r", requirements("comparisons")),
             "import timm, efficientnet_lite_pytorch",
         ),
         Step(
             "lf_dense itself, editable, compiling its operators (a minute; with CUDA some more)",
-            ["--no-deps", "--no-build-isolation", "-e", str(ROOT)],
+            pip("--no-deps", "--no-build-isolation", "-e", str(ROOT)),
             f"import lf_dense, torch; lf_dense.LaplacianFormer; {use_native}",
             {"MAX_JOBS": jobs},
         ),
@@ -86,10 +89,10 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
 
 
 def fingerprint(previous: str, step: Step) -> str:
-    """Identify a step by its arguments, the pins they read, and the fingerprint of the step before it."""
-    content = f"{previous} {' '.join(step.pip_args)}".encode()
-    for arg in step.pip_args:
-        if arg.endswith(".txt"):
+    """Identify a step by its arguments, the files they name, and the fingerprint of the step before it."""
+    content = f"{previous} {' '.join(step.arguments)}".encode()
+    for arg in step.arguments:
+        if arg.endswith((".txt", ".py")):
             content += Path(arg).read_bytes()
         elif arg == str(ROOT):
             sources = sorted(path for path in (ROOT / "ops").rglob("*") if path.is_file())
@@ -146,7 +149,7 @@ def run_steps(steps: list[Step], total: int, python: Path, setup_dir: Path) -> N
             continue
         print(f"[{number}/{total}] {step.title}", flush=True)
         started = time.monotonic()
-        if run_logged([str(python), "-m", "pip", "install", *step.pip_args], log, step.environment):
+        if run_logged([str(python), *step.arguments], log, step.environment):
             fail(step, log)
         # -P: the checkout's own folders must not stand in for what is installed.
         if run_logged([str(python), "-P", "-W", "ignore", "-c", step.proof], log, {}):
@@ -200,16 +203,28 @@ def create_environment(folder: Path) -> Path:
     return python
 
 
+def take_lock(path: Path) -> TextIO:
+    """Keep a second set-up of the same environment out, for as long as what is returned is open."""
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"setup is at work on {path.parents[1]} already: wait for it, then run this again.")
+    return lock
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--venv", type=Path, default=ROOT / ".venv", help="the virtual environment to create or complete"
     )
     args = parser.parse_args()
+    started = time.monotonic()
     check_machine()
     python = create_environment(args.venv)
     setup_dir = args.venv / "setup"
     setup_dir.mkdir(exist_ok=True)
+    lock = take_lock(setup_dir / "lock")
     total = len(plan(False))
     run_steps(plan(None), total, python, setup_dir)
     has_cuda = torch_has_cuda(python)
@@ -221,8 +236,15 @@ def main() -> None:
             f"call make with PYTHON=python{newest} after removing {args.venv}."
         )
     run_steps(plan(has_cuda), total, python, setup_dir)
-    print(f"environment ready: {args.venv}")
+    lock.close()
+    seconds = time.monotonic() - started
+    print(f"environment ready: {args.venv}" + (f" ({seconds:.0f} s)" if seconds > 5 else ""))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        sys.exit(
+            f"setup could not write what it has to ({error}): make room, and run the same command again."
+        )

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lf_dense"
 WIDTH = 110
 LONGEST_TOOL = 120
 # These run before the package can be imported, or drive its tools: they hold their own logic.
-SCRIPTS = ("setup_env.py", "gpu_check.py", "sanitize.py", "demo.py")
+SCRIPTS = ("setup_env.py", "build_mmcv.py", "gpu_check.py", "sanitize.py", "demo.py")
 # Imports run downwards: a module takes from its own floor and from those before it.
 FLOORS = (
     ("errors", "files", "presets"),

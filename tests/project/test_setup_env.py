@@ -23,16 +23,16 @@ def test_the_plan_grows_once_torch_is_known(setup_env):
     first, whole = setup_env.plan(None), setup_env.plan(False)
     assert titles(whole)[: len(first)] == titles(first)
     assert any("mmcv" in title for title in titles(whole))
-    assert whole[-1].pip_args[-1] == str(setup_env.ROOT)
+    assert whole[-1].arguments[-1] == str(setup_env.ROOT)
     versions = {
         has_cuda: next(s for s in setup_env.plan(has_cuda) if s.title == "torchvision") for has_cuda in (0, 1)
     }
-    assert "torchvision-cpu.txt" in versions[0].pip_args[-1]
-    assert "torchvision-cuda.txt" in versions[1].pip_args[-1]
+    assert "torchvision-cpu.txt" in versions[0].arguments[-1]
+    assert "torchvision-cuda.txt" in versions[1].arguments[-1]
 
 
 def test_every_list_of_requirements_is_used_and_pinned(setup_env):
-    used = {Path(arg).name for flag in (False, True) for s in setup_env.plan(flag) for arg in s.pip_args}
+    used = {Path(arg).name for flag in (False, True) for s in setup_env.plan(flag) for arg in s.arguments}
     lists = sorted(setup_env.REQUIREMENTS.glob("*.txt"))
     assert {path.name for path in lists} <= used
     for path in lists:
