@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 .PHONY: help setup demo test lint coverage wheel sanitize gpu-check
 
 help:
-	@echo "make setup      the pinned environment in $(VENV) (5 to 9 minutes on 2 cores: it compiles mmcv)"
+	@echo "make setup      the pinned environment in $(VENV) (2 to 5 minutes on 2 cores: it compiles mmcv)"
 	@echo "make demo       train a small detector on made-up shapes, and draw (at most 10 minutes on 2 cores)"
 	@echo "make test       the tests"
 	@echo "make lint       ruff, mypy and clang-format"

@@ -1,10 +1,11 @@
 """Install mmcv with its C++ operators, compiled in a few large files in place of many small ones.
 
-mmcv's build spends nearly all of its time on reading torch's headers, once for every file. A file that includes
-the others reads them once. The result is checked: some operators are compared with the same computation in
-torch. Where the files do not compile together, or an operator is wrong, mmcv is built as it comes.
+mmcv's build spends nearly all of its time on reading torch's headers, once for every file. A file that
+includes the others reads them once. The result is checked: some operators are compared with the same
+computation in torch. Where the files do not compile together, or an operator is wrong, mmcv is built as it
+comes.
 
-Run it by the interpreter that mmcv is for. It needs torch and the build tools there, and the standard library here.
+Run it by the interpreter that mmcv is for, which has torch and the build tools.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pathlib import Path
 
 FLAGS = "-O1 -g0 -w"
 PIP = [sys.executable, "-m", "pip"]
-# A plain install would build without torch, yield a wheel with no operators, and cache it. For pip, mmcv counts
-# as installed even if it was compiled against another torch or without operators.
+# A plain install would build without torch, yield a wheel with no operators, and cache it. For pip, mmcv
+# counts as installed even if it was compiled against another torch or without operators.
 INSTALL = ["install", "--no-cache-dir", "--no-deps", "--no-build-isolation", "--force-reinstall"]
 SOURCES = Path("mmcv", "ops", "csrc", "pytorch")
 # The module itself: it takes longest, so it is compiled beside the others.
@@ -113,17 +114,8 @@ def has_cuda() -> bool:
 
 def fetch(requirement: Path, folder: Path) -> Path:
     """Download the source distribution and unpack it; the folder of its sources."""
-    command = [
-        *PIP,
-        "download",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-binary",
-        ":all:",
-        "-d",
-        str(folder),
-    ]
-    if run([*command, "-r", str(requirement)]):
+    options = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
+    if run([*PIP, "download", *options, "-d", str(folder), "-r", str(requirement)]):
         raise OSError("pip could not fetch mmcv's sources")
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:

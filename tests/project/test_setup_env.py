@@ -103,3 +103,13 @@ def test_what_a_machine_lacks_is_said_first(setup_env, monkeypatch):
     monkeypatch.setattr(setup_env, "MIN_PYTHON", (99, 0))
     with pytest.raises(SystemExit, match="needs Python 99"):
         setup_env.check_machine()
+
+
+def test_two_setups_of_one_environment(setup_env, tmp_path):
+    path = tmp_path / ".venv" / "setup" / "lock"
+    path.parent.mkdir(parents=True)
+    lock = setup_env.take_lock(path)
+    with pytest.raises(SystemExit, match=r"setup is at work on .*venv already"):
+        setup_env.take_lock(path)
+    lock.close()
+    setup_env.take_lock(path).close()
