@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+# What a command line calls itself in its help; None is the script's name.
+program: str | None = None
+
 
 class UsageError(ValueError):
     """A config, path or option that cannot work; one sentence says what, what was expected and what to do."""
@@ -21,7 +24,7 @@ def reason_of(error: BaseException) -> str:
 
 def tool_parser(description: str | None, **options: Any) -> argparse.ArgumentParser:
     """A tool's parser of arguments, with the option that every tool has: ``--traceback``."""
-    parser = argparse.ArgumentParser(description=description, **options)
+    parser = argparse.ArgumentParser(prog=program, description=description, **options)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 

@@ -18,6 +18,8 @@ from mmengine.hub import get_config
 
 from .errors import UsageError, reason_of
 
+# Where OpenMMLab's packages keep their configs.
+OWN_CONFIGS = Path(__file__).resolve().parent / ".mim" / "configs"
 SPLITS = ("train", "val", "test")
 
 
@@ -52,7 +54,8 @@ FRAMEWORKS = {
 
 
 def align_config_names() -> None:
-    """Let ``mmseg::...`` resolve under the fork, whose distribution mmengine does not know."""
+    """Let ``mmseg::...`` resolve under the fork, and ``lf_dense::...`` at all: mmengine knows neither."""
+    MODULE2PACKAGE.setdefault("lf_dense", "lf_dense")
     try:
         metadata.distribution("mmsegmentation")
     except metadata.PackageNotFoundError:
@@ -66,7 +69,9 @@ def type_name(settings: dict[str, Any] | None) -> str:
 
 
 def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
-    """Read a config by path or by a packaged name like ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``.
+    """Read a config by path or by a packaged name.
+
+    Names are ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py`` and the like; ours are ``lf_dense::...``.
 
     Args:
         name: path or packaged name.
@@ -76,9 +81,12 @@ def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
     Raises:
         UsageError: the file or name does not exist, is no config, or needs a framework that is not installed.
     """
-    scope, packaged, _ = name.partition("::")
+    scope, packaged, path = name.partition("::")
+    if packaged and scope == "lf_dense":
+        packaged, name = "", str(OWN_CONFIGS / path)
     if packaged and scope not in FRAMEWORKS:
-        raise UsageError(f"the config {name!r} names a package that is none of {', '.join(FRAMEWORKS)}.")
+        known = ", ".join(["lf_dense", *FRAMEWORKS])
+        raise UsageError(f"the config {name!r} names a package that is none of {known}.")
     if packaged and not FRAMEWORKS[scope].installed:
         raise UsageError(f"the config {name!r} cannot be read: {FRAMEWORKS[scope].how_to_install}")
     if not packaged and not Path(name).is_file():

@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "config",
         nargs="?",
-        default="configs/retinanet_lf.py",
+        default="lf_dense::retinanet_lf.py",
         help="an mmdet config (default: %(default)s)",
     )
     add(

@@ -29,7 +29,7 @@ FLOORS = (
     ("swap",),
     ("training",),
     ("benchmark", "ablation"),
-    ("distillation", "info"),
+    ("distillation", "info", "__main__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FRAMEWORKS = {"mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain"}

@@ -18,7 +18,22 @@ import torch
 
 from support import ROOT
 
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "lf_dense", "ops", "tests", "tools", "configs", "docs")
+SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "model-index.yml",
+    "lf_dense",
+    "ops",
+    "tests",
+    "tools",
+    "configs",
+    "docs",
+)
+# Scripts for a checkout: they build the environment, mmcv or the operators.
+OF_THE_CHECKOUT = ("setup_env.py", "build_mmcv.py", "gpu_check.py", "sanitize.py")
 NO_OPERATORS = "lf_dense is installed without native operators, since "
 NO_COMPILER = "there is no C++ compiler (/nowhere/g++ was not found: install g++, or name one in CXX)"
 
@@ -59,7 +74,8 @@ def build_wheel(folder, **environment):
     for name in SOURCES:
         if (ROOT / name).is_dir():
             # What is compiled in place is copied too: it must not end up in the wheel.
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
         else:
             shutil.copy2(ROOT / name, source / name)
     options = ["-v", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder / "dist"]
@@ -120,8 +136,13 @@ def contents(wheel):
 
 
 def python_files():
-    files = (path.relative_to(ROOT) for path in (ROOT / "lf_dense").rglob("*.py"))
-    return {path.as_posix() for path in files} | {"lf_dense/py.typed"}
+    """What a wheel holds beside compiled files: the package, and configs and tools in OpenMMLab's place."""
+    package = [path.relative_to(ROOT) for path in (ROOT / "lf_dense").rglob("*.py")]
+    package += [Path("lf_dense", "py.typed"), Path("lf_dense", ".mim", "model-index.yml")]
+    for folder, patterns in (("configs", ("*.py", "*.yml")), ("tools", ("*.py", "*.sh"))):
+        files = [path.relative_to(ROOT) for pattern in patterns for path in (ROOT / folder).rglob(pattern)]
+        package += [Path("lf_dense", ".mim", path) for path in files if path.name not in OF_THE_CHECKOUT]
+    return {path.as_posix() for path in package}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
@@ -173,3 +194,68 @@ def test_operators_that_are_not_wanted_are_not_built_and_not_warned_of(tmp_path)
     assert "UserWarning" not in said
     assert said.count("LF_DENSE_NO_NATIVE is set: lf_dense is installed without native operators.") == 1
     check_reference_alone(wheel, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The bin folder of an environment with the wheel, and an empty folder to work in."""
+    folder = tmp_path_factory.mktemp("installed")
+    wheel, _ = build_wheel(folder, LF_DENSE_NO_NATIVE="1")
+    return install(wheel, folder / "env").parent
+
+
+def lf_dense(installed, folder, *arguments, code=0):
+    """Run the console command away from the checkout; returns what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment.pop("PYTHONPATH", None)
+    command = [installed / "lf-dense", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def test_the_installed_package_trains_and_predicts(installed, tmp_path):
+    pytest.importorskip("mmdet")
+    config = "lf_dense::retinanet_lf_demo.py"
+    lf_dense(installed, tmp_path, "shapes", "--out", "data", "--train", 4, "--val", 2, "--size", 96)
+    lengths = ("train_cfg.max_epochs=1", "train_cfg.val_interval=1", "train_dataloader.batch_size=2")
+    intervals = ("default_hooks.checkpoint.interval=1", "default_hooks.logger.interval=1")
+    options = ("data_root=data", *lengths, *intervals)
+    said = lf_dense(installed, tmp_path, "train", config, "--work-dir", "run", "--cfg-options", *options)
+    assert "Epoch(train) [1][2/2]" in said
+    lf_dense(installed, tmp_path, "predict", config, "run/epoch_1.pth", "data/val", "--out", "out")
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
+
+
+def test_a_config_inherits_from_the_installed_ones(installed, tmp_path):
+    pytest.importorskip("mmdet")
+    base = "lf_dense::detection/mask-rcnn_lf-tiny_fpn_1x_coco.py"
+    (tmp_path / "mine.py").write_text(f"_base_ = {base!r}\nmodel = dict(backbone=dict(with_cp=True))\n")
+    code = "from lf_dense.frameworks import load_config; print(load_config('mine.py').model.backbone)"
+    command = [installed / "python", "-I", "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'arch': 'tiny'" in done.stdout
+    assert "'with_cp': True" in done.stdout
+
+
+def test_the_console_command_is_the_scripts(installed, tmp_path):
+    from lf_dense.__main__ import COMMANDS
+
+    said = lf_dense(installed, tmp_path)
+    assert all(command in said for command in [*COMMANDS, "info"])
+    helped = lf_dense(installed, tmp_path, "inspect", "--help")
+    script = [installed / "python", "-W", "ignore", ROOT / "tools" / "inspect_checkpoint.py", "--help"]
+    same = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert helped.split("options:")[1] == same.split("options:")[1]
+    assert helped.startswith("usage: lf-dense inspect")
+    assert "lf_dense " in lf_dense(installed, tmp_path, "info")
+    assert "no command 'fly'" in lf_dense(installed, tmp_path, "fly", code=2)
+    assert "is not there" in lf_dense(installed, tmp_path, "inspect", "gone.pth", code=2)
+
+
+def test_every_tool_for_users_is_a_command():
+    from lf_dense.__main__ import COMMANDS
+
+    tools = {path.stem for path in (ROOT / "tools").glob("*.py") if path.name not in OF_THE_CHECKOUT}
+    assert set(COMMANDS.values()) == tools

@@ -242,7 +242,7 @@ def test_classification_by_the_same_tools(shapes, tmp_path):
         ("train.py", [RETINANET, "--cfg-options", "data_root=/nowhere"], "/nowhere is not there"),
         ("train.py", ["configs/no_such.py"], "'configs/no_such.py' is not there"),
         ("train.py", ["mmdet::no/such.py"], "cannot be read"),
-        ("train.py", ["mmwrong::no/such.py"], "none of mmdet, mmseg, mmpretrain"),
+        ("train.py", ["mmwrong::no/such.py"], "none of lf_dense, mmdet, mmseg, mmpretrain"),
         ("train.py", ["mmdet::_base_/models/retinanet_r50_fpn.py"], "default_scope is None"),
         ("test.py", [RETINANET, "no_such.pth"], "no_such.pth is not there"),
         ("predict.py", [RETINANET, "no.pth", "no_such_folder", "--out", "x"], "no_such_folder is not there"),
