@@ -30,6 +30,7 @@ MIN_PYTHON = (3, 11)
 # torchvision 0.16.2, the last to import beside a CPU-only torch of another version, has no wheel for newer.
 CPU_TORCH_MAX_PYTHON = (3, 11)
 HEARTBEAT_SECONDS = 30
+STACKS = ("forks", "upstream")
 
 
 class Step(NamedTuple):
@@ -49,10 +50,17 @@ def pip(*arguments: str) -> list[str]:
     return ["-m", "pip", "install", *arguments]
 
 
-def plan(torch_has_cuda: bool | None) -> list[Step]:
-    """The steps in order; ``torch_has_cuda`` is None while torch is not installed yet."""
+def plan(torch_has_cuda: bool | None, stack: str = "forks") -> list[Step]:
+    """The steps in order.
+
+    Args:
+        torch_has_cuda: None while torch is not installed yet.
+        stack: the mm packages, ``"forks"`` or ``"upstream"``.
+    """
+    of_stack = "" if stack == "forks" else f"-{stack}"
+    build_tools = pip("-U", "-r", requirements(f"build{of_stack}"))
     steps = [
-        Step("pip and the build tools", pip("-U", "-r", requirements("build")), "import setuptools, wheel"),
+        Step("pip and the build tools", build_tools, "import setuptools, wheel"),
         Step("PyTorch", pip("-r", requirements("torch")), "import torch, numpy"),
     ]
     if torch_has_cuda is None:
@@ -66,10 +74,14 @@ def plan(torch_has_cuda: bool | None) -> list[Step]:
         *steps,
         Step("libraries", pip("-r", requirements("libs")), "import cv2, scipy, matplotlib, pycocotools"),
         Step("torchvision", pip("--no-deps", "-r", requirements(vision)), "import torchvision"),
-        Step("OpenMMLab packages", pip("--no-deps", "-r", requirements("frameworks")), "import mmengine"),
+        Step(
+            "OpenMMLab packages",
+            pip("--no-deps", "-r", requirements(f"frameworks{of_stack}")),
+            "import mmengine",
+        ),
         Step(
             "mmcv, compiling its operators (a minute on 2 cores; with CUDA many)",
-            [str(BUILD_MMCV), requirements("mmcv")],
+            [str(BUILD_MMCV), requirements(f"mmcv{of_stack}")],
             "import mmcv.ops, mmdet.apis, mmseg.apis, mmpretrain.apis",
             {"MAX_JOBS": jobs, **hidden_gpus},
         ),
@@ -218,6 +230,12 @@ def main() -> None:
     parser.add_argument(
         "--venv", type=Path, default=ROOT / ".venv", help="the virtual environment to create or complete"
     )
+    parser.add_argument(
+        "--stack",
+        choices=STACKS,
+        default="forks",
+        help="the mm packages: the maintained onedl-* forks, or OpenMMLab's last releases (default: forks)",
+    )
     args = parser.parse_args()
     started = time.monotonic()
     check_machine()
@@ -226,7 +244,7 @@ def main() -> None:
     setup_dir.mkdir(exist_ok=True)
     lock = take_lock(setup_dir / "lock")
     total = len(plan(False))
-    run_steps(plan(None), total, python, setup_dir)
+    run_steps(plan(None, args.stack), total, python, setup_dir)
     has_cuda = torch_has_cuda(python)
     if not has_cuda and sys.version_info[:2] > CPU_TORCH_MAX_PYTHON:
         newest = ".".join(map(str, CPU_TORCH_MAX_PYTHON))
@@ -235,7 +253,7 @@ def main() -> None:
             "for which there is no torchvision that imports beside it: "
             f"call make with PYTHON=python{newest} after removing {args.venv}."
         )
-    run_steps(plan(has_cuda), total, python, setup_dir)
+    run_steps(plan(has_cuda, args.stack), total, python, setup_dir)
     lock.close()
     seconds = time.monotonic() - started
     print(f"environment ready: {args.venv}" + (f" ({seconds:.0f} s)" if seconds > 5 else ""))

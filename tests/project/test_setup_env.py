@@ -32,7 +32,8 @@ def test_the_plan_grows_once_torch_is_known(setup_env):
 
 
 def test_every_list_of_requirements_is_used_and_pinned(setup_env):
-    used = {Path(arg).name for flag in (False, True) for s in setup_env.plan(flag) for arg in s.arguments}
+    plans = [setup_env.plan(flag, stack) for flag in (False, True) for stack in setup_env.STACKS]
+    used = {Path(arg).name for steps in plans for step in steps for arg in step.arguments}
     lists = sorted(setup_env.REQUIREMENTS.glob("*.txt"))
     assert {path.name for path in lists} <= used
     for path in lists:
