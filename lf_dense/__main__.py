@@ -5,12 +5,10 @@ from __future__ import annotations
 import ast
 import runpy
 import sys
-from pathlib import Path
 
 from . import errors
+from .files import PACKAGED
 
-# OpenMMLab's place for configs and tools within an installed package.
-PACKAGED = Path(__file__).resolve().parent / ".mim"
 TOOLS = PACKAGED / "tools"
 COMMANDS = {
     "train": "train",

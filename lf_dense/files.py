@@ -6,6 +6,9 @@ import os
 import tempfile
 from pathlib import Path
 
+# OpenMMLab's place for configs and tools within an installed package.
+PACKAGED = Path(__file__).resolve().parent / ".mim"
+
 
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Write a file so that a reader, or a power cut, finds either the old content or the new."""

@@ -17,9 +17,8 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hub import get_config
 
 from .errors import UsageError, reason_of
+from .files import PACKAGED
 
-# Where OpenMMLab's packages keep their configs.
-OWN_CONFIGS = Path(__file__).resolve().parent / ".mim" / "configs"
 SPLITS = ("train", "val", "test")
 
 
@@ -83,7 +82,7 @@ def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
     """
     scope, packaged, path = name.partition("::")
     if packaged and scope == "lf_dense":
-        packaged, name = "", str(OWN_CONFIGS / path)
+        packaged, name = "", str(PACKAGED / "configs" / path)
     if packaged and scope not in FRAMEWORKS:
         known = ", ".join(["lf_dense", *FRAMEWORKS])
         raise UsageError(f"the config {name!r} names a package that is none of {known}.")

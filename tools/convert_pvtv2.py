@@ -7,10 +7,9 @@ import argparse
 from lf_dense import LaplacianFormer, load_pretrained
 from lf_dense.errors import run_tool, tool_parser
 from lf_dense.presets import ARCHS
-from lf_dense.training.cli import add_trust_option
+from lf_dense.training.cli import add_trust_option, trust_named
 from lf_dense.weights.publishing import write_checkpoint
 from lf_dense.weights.pvtv2 import FORMS
-from lf_dense.weights.reading import trust_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,8 +38,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.trust_checkpoint:
-        trust_checkpoint(args.checkpoint)
+    trust_named(args)
     backbone = LaplacianFormer(args.arch)
     report = load_pretrained(backbone, args.checkpoint, strict=not args.partial, form=args.form)
     state = backbone.state_dict()

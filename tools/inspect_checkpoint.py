@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from lf_dense.errors import run_tool, tool_parser
 from lf_dense.presets import ARCHS
-from lf_dense.training.cli import add_trust_option
+from lf_dense.training.cli import add_trust_option, trust_named
 from lf_dense.weights.inspecting import inspect
-from lf_dense.weights.reading import trust_checkpoint
 
 
 def main() -> None:
@@ -18,8 +17,7 @@ def main() -> None:
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     add_trust_option(parser)
     args = parser.parse_args()
-    if args.trust_checkpoint:
-        trust_checkpoint(args.checkpoint)
+    trust_named(args)
     print("\n".join(inspect(args.checkpoint, args.arch, args.tensors)))
 
 

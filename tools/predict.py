@@ -8,7 +8,6 @@ from lf_dense.errors import run_tool, tool_parser
 from lf_dense.training.cli import add_backbone_options, add_config_options, read_config
 from lf_dense.training.explaining import explained
 from lf_dense.training.prediction import Predictor, find_images, predict_images
-from lf_dense.weights.reading import trust_checkpoint
 
 
 def main() -> None:
@@ -29,8 +28,6 @@ def main() -> None:
     add_config_options(parser)
     args = parser.parse_args()
     find_images(args.source)
-    if args.trust_checkpoint:
-        trust_checkpoint(args.checkpoint)
     with explained():
         predictor = Predictor(read_config(args), args.checkpoint, args.device)
     print(

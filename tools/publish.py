@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from lf_dense.errors import UsageError, run_tool, tool_parser
-from lf_dense.training.cli import add_trust_option
+from lf_dense.training.cli import add_trust_option, trust_named
 from lf_dense.weights.publishing import publish
-from lf_dense.weights.reading import trust_checkpoint
 
 
 def parse_metric(text: str) -> tuple[str, float]:
@@ -48,8 +47,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.trust_checkpoint:
-        trust_checkpoint(args.checkpoint)
+    trust_named(args)
     if not args.out.parent.is_dir():
         raise UsageError(f"the folder {args.out.parent} is not there: make it first.")
     stated = {"dataset": args.dataset, "recipe": args.recipe, "metrics": dict(args.metric or [])}

@@ -13,8 +13,7 @@ from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.files import write_atomically
 from lf_dense.presets import ARCHS
 from lf_dense.swap.backbone import swap_backbone
-from lf_dense.training.cli import add_trust_option
-from lf_dense.weights.reading import trust_checkpoint
+from lf_dense.training.cli import add_trust_option, trust_named
 
 
 def main() -> None:
@@ -37,8 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.suffix != ".py":
         raise UsageError(f"{args.out}: a config is a Python file, so the name has to end in .py.")
-    if args.pretrained and args.trust_checkpoint:
-        trust_checkpoint(args.pretrained)
+    trust_named(args)
     try:
         config = swap_backbone(args.config, args.backbone, args.pretrained, **args.backbone_options)
     except (TypeError, ValueError) as error:

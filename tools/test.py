@@ -35,7 +35,6 @@ def main() -> None:
         show_dir=args.show_dir,
         out=args.out,
         launcher=args.launcher,
-        trust=args.trust_checkpoint,
     )
     with explained():
         runner.test()

@@ -54,6 +54,13 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def trust_named(args: argparse.Namespace) -> None:
+    """Do what ``--trust-checkpoint`` asks for: trust the checkpoints that the command line names."""
+    for source in (getattr(args, "checkpoint", None), getattr(args, "pretrained", None)):
+        if source and args.trust_checkpoint:
+            trust_checkpoint(source)
+
+
 def read_config(args: argparse.Namespace) -> Config:
     """The config of a command line, with its backbone replaced where asked, and then its settings overridden.
 
@@ -61,8 +68,7 @@ def read_config(args: argparse.Namespace) -> Config:
         UsageError: config, backbone or weights cannot work.
     """
     config = load_config(args.config)
-    if args.pretrained and args.trust_checkpoint:
-        trust_checkpoint(args.pretrained)
+    trust_named(args)
     if args.backbone:
         config = swap_backbone(config, args.backbone, args.pretrained)
         config.setdefault(

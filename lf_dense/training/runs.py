@@ -83,7 +83,7 @@ def set_resume(config: Config, resume: str) -> None:
     config.load_from = resume
 
 
-def check_start(config: Config, trust: bool) -> None:
+def check_start(config: Config, trust: bool = False) -> None:
     """Read the checkpoint that a training starts from, before minutes are spent on data and model.
 
     Args:
@@ -244,7 +244,6 @@ def build_testing_runner(
     show_dir: str | None = None,
     out: str | None = None,
     launcher: str = "none",
-    trust: bool = False,
 ) -> Runner:
     """Like ``build_training_runner``, for evaluation; the checkpoint has to cover the whole model.
 
@@ -255,7 +254,6 @@ def build_testing_runner(
         show_dir: draw every image with its prediction there.
         out: pickle file for the raw predictions.
         launcher: mmengine's launcher.
-        trust: run the code in the checkpoint.
 
     Raises:
         UsageError: framework, data, checkpoint or options cannot work, or the weights do not fit the model.
@@ -265,7 +263,7 @@ def build_testing_runner(
     set_launcher(config, launcher)
     set_work_dir(config, work_dir)
     config.update(load_from=checkpoint, resume=False)
-    check_start(config, trust)
+    check_start(config)
     check_data(config, ("test",))
     check_coco_classes(config, ("test",))
     if out is not None:

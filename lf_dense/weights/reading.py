@@ -171,7 +171,8 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{damaged} does not have its checksum")
 
 
-def _check_file(path: Path, unpickle: bool) -> None:
+def _check_file(path: Path, unpickle: bool) -> Any:
+    """Check a file; returns the content of a bare pickle, which has to be read for that, and else None."""
     if path.is_dir():
         raise UsageError(f"the checkpoint {path} is a folder: give a file in it, like epoch_12.pth.")
     if not path.is_file():
@@ -182,14 +183,14 @@ def _check_file(path: Path, unpickle: bool) -> None:
     try:
         if path.suffix == ".safetensors":
             with open_safetensors(path):
-                return
+                return None
         if _is_archive(path):
             _check_archive(path)
         elif tarfile.is_tarfile(path):
             # torch before 2.6 runs code from these even where it is told to read weights alone.
             raise UsageError(f"the checkpoint {path} has PyTorch's first format, a tar archive: use another.")
         elif unpickle:
-            _unpickle(path)
+            return _unpickle(path)
     except UsageError:
         raise
     except Exception as error:  # the readers fail on damaged bytes in every way there is
@@ -198,6 +199,7 @@ def _check_file(path: Path, unpickle: bool) -> None:
         raise UsageError(
             f"the checkpoint {path} ({size} bytes) is truncated or not a PyTorch checkpoint: use another."
         ) from error
+    return None
 
 
 def check_checkpoint(path: str | Path) -> None:
@@ -283,7 +285,9 @@ def _check_tensors(content: Any, size: int) -> None:
 
 
 def _read_local(path: Path, trusted: bool) -> Any:
-    _check_file(path, unpickle=not trusted)
+    content = _check_file(path, unpickle=not trusted)
+    if content is not None:
+        return content
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return torch.load(path, map_location="cpu", weights_only=False) if trusted else _unpickle(path)
