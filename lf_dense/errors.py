@@ -15,11 +15,16 @@ class UsageError(ValueError):
     """A config, path or option that cannot work; one sentence says what, what was expected and what to do."""
 
 
+def one_line(value: object) -> str:
+    """A text, or an error's, on one line."""
+    return " ".join(str(value).split())
+
+
 def reason_of(error: BaseException) -> str:
     """An error's text on one line, without its final full stop."""
     # A KeyError's text is the repr of its message.
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split()).rstrip(".") or f"a {type(error).__name__} without a message"
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return one_line(text).rstrip(".") or f"a {type(error).__name__} without a message"
 
 
 def tool_parser(description: str | None, **options: Any) -> argparse.ArgumentParser:

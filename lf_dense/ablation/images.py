@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -56,7 +56,7 @@ def read_images(
     try:
         files = _read_files(archive, set(limits))
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UsageError(f"the archive {archive} cannot be read ({' '.join(str(error).split())}).") from error
+        raise UsageError(f"the archive {archive} cannot be read ({one_line(error)}).") from error
     classes = sorted({file.label for file in files["train"]})
     if not classes or not files["val"]:
         raise UsageError(f"the archive {archive} has no train/<class>/* and val/<class>/* files.")

@@ -12,6 +12,7 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor
 
+from ..errors import one_line
 from ..frameworks import type_name
 from ..presets import STRIDES
 from .errors import SwapError
@@ -78,7 +79,7 @@ def _run(backbone: dict[str, Any], scope: str, image: Tensor) -> Any:
             return module(image)
     except Exception as error:
         # A registered backbone may raise anything, and no levels are known then.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise SwapError(
             f"the backbone {type_name(backbone)} of the config does not run here, so its levels are not "
             f"known ({reason})."

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..files import write_atomically
 
 SWAPPED = "swapped"
@@ -81,7 +81,7 @@ def _row(line: dict[str, Any]) -> Row:
 def first_line(error: BaseException) -> str:
     """An exception's type and message, on one short line."""
     spec = importlib.util.find_spec("mmengine")
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if spec is not None and spec.origin is not None:
         text = text.replace(str(Path(spec.origin).parents[1]), "site-packages")
     return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

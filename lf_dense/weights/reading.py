@@ -30,7 +30,7 @@ from mmengine.runner.checkpoint import (
 )
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 
 # torch.hub's convention: what follows the last dash of a published file's name starts its SHA-256.
 HASHED_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|safetensors)$")
@@ -129,8 +129,7 @@ def _unpickle(path: Path) -> Any:
 def _refusal(source: str | Path, error: Exception) -> UsageError:
     """The sentence for a file that could not be unpickled."""
     # torch's advice stands before its own reason, and ends after it.
-    text = " ".join(str(error).split())
-    reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the doc")[0]
+    reason = one_line(error).rpartition("WeightsUnpickler error: ")[2].partition(" Check the doc")[0]
     found = _NAMED_TYPE.search(reason)
     if found:
         return UsageError(
