@@ -8,9 +8,11 @@ on where it stopped, and a changed pin reruns its step and all that follow.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,10 +20,10 @@ import sysconfig
 import threading
 import time
 import venv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
@@ -31,6 +33,24 @@ MIN_PYTHON = (3, 11)
 CPU_TORCH_MAX_PYTHON = (3, 11)
 HEARTBEAT_SECONDS = 30
 STACKS = ("forks", "upstream")
+EXPORT_PROOF = "import onnx, onnxscript, onnxruntime, openvino"
+# What the end of a failed step's log says of the machine, in the order of asking.
+DIAGNOSES = (
+    (r"No space left on device|Disk quota exceeded", "the disk is full, so make room"),
+    (
+        r"NewConnectionError|ConnectTimeout|Read timed out|Name or service not known|name resolution"
+        r"|Connection refused|Network is unreachable|Max retries exceeded",
+        "the package index does not answer, so look at the network and at pip's index-url (pip config list)",
+    ),
+    (
+        r"No matching distribution found for (\S+)",
+        "the package index has no {0} for this Python and this machine, so look at pip's index-url",
+    ),
+    (
+        r"Killed signal|signal terminated program|MemoryError|Cannot allocate memory",
+        "memory ran out, so set MAX_JOBS=1",
+    ),
+)
 
 
 class Step(NamedTuple):
@@ -91,6 +111,7 @@ def plan(torch_has_cuda: bool | None, stack: str = "forks") -> list[Step]:
             pip("--no-deps", "-r", requirements("comparisons")),
             "import timm, efficientnet_lite_pytorch",
         ),
+        Step("export formats and their runtimes", pip("-r", requirements("export")), EXPORT_PROOF),
         Step(
             "lf_dense itself, editable, compiling its operators (a minute; with CUDA some more)",
             pip("--no-deps", "--no-build-isolation", "-e", str(ROOT)),
@@ -127,19 +148,32 @@ def run_logged(command: list[str], log: Path, environment: Mapping[str, str]) ->
     try:
         with log.open("ab") as stream:
             env = {**os.environ, **environment}
-            done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=env, check=False)
+            # What is started keeps the lock, should this process alone be killed.
+            done = subprocess.run(
+                command, stdout=stream, stderr=subprocess.STDOUT, env=env, check=False, close_fds=False
+            )
             return done.returncode
     finally:
         finished.set()
         thread.join()
 
 
+def diagnose(lines: list[str]) -> str:
+    """What the lines say of the machine, as a clause that says what to do; empty where they say nothing."""
+    for pattern, clause in DIAGNOSES:
+        found = re.search(pattern, "\n".join(lines))
+        if found:
+            return clause.format(*found.groups())
+    return ""
+
+
 def fail(step: Step, log: Path) -> None:
     tail = log.read_text(errors="replace").splitlines()[-25:]
     print("\n".join(tail), file=sys.stderr)
+    cause = diagnose(tail)
     sys.exit(
-        f"setup failed at: {step.title}. The lines above end the log {log}; "
-        "mend the cause and run the same command again."
+        f"setup failed at: {step.title}" + (f": {cause}" if cause else "") + f". The lines above end the log "
+        f"{log}; mend the cause and run the same command again."
     )
 
 
@@ -215,14 +249,43 @@ def create_environment(folder: Path) -> Path:
     return python
 
 
-def take_lock(path: Path) -> TextIO:
-    """Keep a second set-up of the same environment out, for as long as what is returned is open."""
-    lock = path.open("w")
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second set-up of the same environment out; the folder is made where it is missing.
+
+    The lock is on the folder itself, which stays when its content is made anew. It ends with this process and
+    those that it started.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.set_inheritable(descriptor, True)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.exit(f"setup is at work on {path.parents[1]} already: wait for it, then run this again.")
-    return lock
+        os.close(descriptor)
+        sys.exit(f"setup is at work on {folder} already: wait for it, then run this again.")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def set_up(folder: Path, stack: str) -> None:
+    """Bring an environment up to date."""
+    python = create_environment(folder)
+    setup_dir = folder / "setup"
+    setup_dir.mkdir(exist_ok=True)
+    total = len(plan(False))
+    run_steps(plan(None, stack), total, python, setup_dir)
+    has_cuda = torch_has_cuda(python)
+    if not has_cuda and sys.version_info[:2] > CPU_TORCH_MAX_PYTHON:
+        newest = ".".join(map(str, CPU_TORCH_MAX_PYTHON))
+        sys.exit(
+            f"setup found a CPU-only torch on Python {sys.version.split()[0]}, "
+            "for which there is no torchvision that imports beside it: "
+            f"call make with PYTHON=python{newest} after removing {folder}."
+        )
+    run_steps(plan(has_cuda, stack), total, python, setup_dir)
 
 
 def main() -> None:
@@ -239,22 +302,8 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     check_machine()
-    python = create_environment(args.venv)
-    setup_dir = args.venv / "setup"
-    setup_dir.mkdir(exist_ok=True)
-    lock = take_lock(setup_dir / "lock")
-    total = len(plan(False))
-    run_steps(plan(None, args.stack), total, python, setup_dir)
-    has_cuda = torch_has_cuda(python)
-    if not has_cuda and sys.version_info[:2] > CPU_TORCH_MAX_PYTHON:
-        newest = ".".join(map(str, CPU_TORCH_MAX_PYTHON))
-        sys.exit(
-            f"setup found a CPU-only torch on Python {sys.version.split()[0]}, "
-            "for which there is no torchvision that imports beside it: "
-            f"call make with PYTHON=python{newest} after removing {args.venv}."
-        )
-    run_steps(plan(has_cuda, args.stack), total, python, setup_dir)
-    lock.close()
+    with locked(args.venv):
+        set_up(args.venv, args.stack)
     seconds = time.monotonic() - started
     print(f"environment ready: {args.venv}" + (f" ({seconds:.0f} s)" if seconds > 5 else ""))
 

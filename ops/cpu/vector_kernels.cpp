@@ -121,6 +121,12 @@ inline vec<double> exponential(vec<double> x) {
   return x;
 }
 
+#if defined(__aarch64__)
+using float16 = __fp16;  // GCC knows _Float16 in C++ from release 13 on there
+#else
+using float16 = _Float16;
+#endif
+
 inline float from_bfloat16(uint16_t x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }
 
 inline uint16_t to_bfloat16(float x) {
@@ -161,8 +167,7 @@ void pack(const void* src, DType dtype, int64_t row_stride, int64_t channel_stri
       copy(static_cast<const uint16_t*>(src), [](uint16_t x) { return static_cast<T>(from_bfloat16(x)); });
       break;
     case DType::kFloat16:
-      copy(static_cast<const _Float16*>(src),
-           [](_Float16 x) { return static_cast<T>(static_cast<float>(x)); });
+      copy(static_cast<const float16*>(src), [](float16 x) { return static_cast<T>(static_cast<float>(x)); });
       break;
   }
   for (int64_t i = 0; channels < cols && i < rows; ++i) {
@@ -188,7 +193,7 @@ void unpack(const T* src, int64_t rows, int64_t channels, int64_t cols, void* ds
       copy(static_cast<uint16_t*>(dst), [](T x) { return to_bfloat16(static_cast<float>(x)); });
       break;
     case DType::kFloat16:
-      copy(static_cast<_Float16*>(dst), [](T x) { return static_cast<_Float16>(static_cast<float>(x)); });
+      copy(static_cast<float16*>(dst), [](T x) { return static_cast<float16>(static_cast<float>(x)); });
       break;
   }
 }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,10 +110,60 @@ def test_what_a_machine_lacks_is_said_first(setup_env, monkeypatch):
 
 
 def test_two_setups_of_one_environment(setup_env, tmp_path):
-    path = tmp_path / ".venv" / "setup" / "lock"
-    path.parent.mkdir(parents=True)
-    lock = setup_env.take_lock(path)
-    with pytest.raises(SystemExit, match=r"setup is at work on .*venv already"):
-        setup_env.take_lock(path)
-    lock.close()
-    setup_env.take_lock(path).close()
+    folder = tmp_path / ".venv"
+    with (
+        setup_env.locked(folder),
+        pytest.raises(SystemExit, match=r"setup is at work on .*venv already"),
+        setup_env.locked(folder),
+    ):
+        pass
+    # Making the environment anew empties the folder, and must not lose the lock.
+    with setup_env.locked(folder):
+        setup_env.venv.EnvBuilder(with_pip=False, clear=True).create(folder)
+        with pytest.raises(SystemExit, match="already"), setup_env.locked(folder):
+            pass
+    with setup_env.locked(folder):
+        pass
+
+
+def test_what_a_killed_setup_started_keeps_the_lock(setup_env, tmp_path):
+    folder = tmp_path / ".venv"
+    code = f"import sys; sys.path.insert(0, {str(setup_env.ROOT / 'tools')!r}); import os, setup_env\n"
+    code += f"from pathlib import Path\nwith setup_env.locked(Path({str(folder)!r})):\n"
+    code += "    command = [sys.executable, '-c', 'print(\"up\", flush=True); input()']\n"
+    code += f"    setup_env.run_logged(command, Path({str(tmp_path / 'log')!r}), {{}})"
+    setup = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "log").is_file() or not (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        setup.kill()
+        setup.wait()
+        with pytest.raises(SystemExit, match="already"), setup_env.locked(folder):
+            pass
+    finally:
+        setup.stdin.close()
+    while time.monotonic() < deadline:
+        with contextlib.suppress(SystemExit), setup_env.locked(folder):
+            return
+        time.sleep(0.05)
+    pytest.fail("the lock outlived all that held it")
+
+
+@pytest.mark.parametrize(
+    ("line", "clause"),
+    [
+        ("OSError: [Errno 28] No space left on device", "the disk is full"),
+        ("WARNING: Retrying: NewConnectionError(': [Errno 111] Connection refused')", "does not answer"),
+        ("Read timed out. (read timeout=15)", "does not answer"),
+        ("ERROR: No matching distribution found for torch==9.9", "has no torch==9.9 for this Python"),
+        ("g++: fatal error: Killed signal terminated program cc1plus", "MAX_JOBS=1"),
+    ],
+)
+def test_a_log_says_what_the_machine_lacks(setup_env, line, clause):
+    assert clause in setup_env.diagnose(["Collecting torch", line, "see above for output from the failure."])
+
+
+def test_an_error_of_the_package_itself_is_not_laid_on_the_machine(setup_env):
+    assert setup_env.diagnose(["ops.cpp:3: error: expected ';' before '}' token"]) == ""
