@@ -102,6 +102,9 @@ def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
         raise UsageError(
             f"the config {name!r} cannot be read: {reason} (--traceback shows where)."
         ) from error
+    # Those of headless models name no scope, and their package is one.
+    if packaged and config.get("default_scope") is None:
+        config.default_scope = scope
     override_config(config, options)
     return config
 

@@ -111,3 +111,9 @@ def test_a_set_that_fetches_itself_is_not_asked_for():
     pytest.importorskip("mmpretrain")
     config = load_config("mmpretrain::resnet/resnet18_8xb16_cifar10.py")
     check_data(config, ("train", "val"))
+
+
+def test_a_packaged_config_without_a_scope_has_that_of_its_package():
+    pytest.importorskip("mmpretrain")
+    config = load_config("mmpretrain::dinov2/vit-small-p14_dinov2-pre_headless.py")
+    assert config.default_scope == "mmpretrain"

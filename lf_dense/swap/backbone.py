@@ -15,10 +15,11 @@ from ..frameworks import framework_of, load_config, type_name
 from ..laplacianformer import LaplacianFormer
 from ..presets import STRIDES
 from ..weights.reading import is_remote, read_checkpoint
+from .classifying import rewire_classifier, rewire_retriever
 from .errors import SwapError
 from .levels import Levels, choose_stages, measure_levels
 from .rewiring import Rewiring, check_replaceable
-from .settings import as_list, backbone_of
+from .settings import as_list, backbone_of, image_channels
 
 # Pixels 0 to 255, red first: what ImageNet weights are trained with.
 MEAN = [123.675, 116.28, 103.53]
@@ -31,16 +32,6 @@ _ADAM = ("Adam", "AdamW")
 _DEFAULT_LR = 1e-3
 # These know parameters by mmengine's rules or by a backbone's own get_layer_depth.
 _CONSTRUCTORS = ("", "DefaultOptimWrapperConstructor", "LearningRateDecayOptimWrapperConstructor")
-# Classifier heads on tokens, which become a linear layer on the pooled map.
-_TOKEN_HEADS = (
-    "VisionTransformerClsHead",
-    "DeiTClsHead",
-    "ConformerHead",
-    "LeViTClsHead",
-    "EfficientFormerClsHead",
-    "VigClsHead",
-)
-_HEAD_KEYS = ("num_classes", "loss", "topk", "cal_acc")
 _NO_BACKBONE = {
     "Detectron2Wrapper": "Detectron2Wrapper keeps its backbone in detectron2's own config",
     "MultimodalEncoderDecoder": (
@@ -49,7 +40,17 @@ _NO_BACKBONE = {
     ),
     "TimmClassifier": "TimmClassifier is a whole network of timm's",
     "HuggingFaceClassifier": "HuggingFaceClassifier is a whole network of transformers'",
+    "OFA": "OFA's encoder reads text and the features of its own ResNet in one sequence",
 }
+# Where models of images and text keep their image encoder.
+_ENCODERS = ("vision_encoder", "visual_encoder", "vision_backbone")
+_RETRIEVER = "ImageToImageRetriever"
+
+
+def _reads_vectors(model: dict[str, Any]) -> bool:
+    """Whether a model's neck is one that could pool maps, and gets vectors instead: those of a ViT."""
+    neck = model.get("neck")
+    return isinstance(neck, dict) and neck.get("with_avg_pool") is False
 
 
 class _Swap:
@@ -63,17 +64,22 @@ class _Swap:
 
     def run(self) -> None:
         holder, old = self._find()
-        if type_name(holder) == "ImageClassifier":
-            self._rewire_classifier(holder)
-        else:
-            self._rewire(holder, old)
+        owners = (self.config, self.config.model, holder)
+        preprocessors = [owner.get("data_preprocessor") for owner in owners]
+        channels = min(image_channels(holder, preprocessor) for preprocessor in preprocessors)
+        if channels != 3 or "in_channels" in old:
+            self.backbone.setdefault("in_channels", channels)
         if old.get("with_cp"):
             self.backbone.setdefault("with_cp", True)
-        holder["backbone"] = ConfigDict(self.backbone)
+        if type_name(holder) in ("ImageClassifier", _RETRIEVER) or _reads_vectors(holder):
+            self._rewire_last_map(holder, old)
+        else:
+            self._rewire(holder, old)
+        if type_name(holder) != _RETRIEVER:
+            holder["backbone"] = ConfigDict(self.backbone)
         self._drop_weights(holder)
-        if old.get("in_channels", 3) == 3:
-            owners = (self.config, self.config.model, holder)
-            self._set_preprocessing([owner.get("data_preprocessor") for owner in owners])
+        if channels == 3:
+            self._set_preprocessing(preprocessors)
         self._set_optimizer(type_name(old))
         self._import_lf_dense()
 
@@ -91,6 +97,13 @@ class _Swap:
         name = type_name(model)
         if name in _NO_BACKBONE:
             raise SwapError(f"the backbone cannot be replaced: {_NO_BACKBONE[name]}.")
+        if any(isinstance(model.get(key), dict) for key in _ENCODERS):
+            raise SwapError(
+                f"the backbone cannot be replaced: the text side of {name} was trained with its image "
+                "encoder, and reads what that returns."
+            )
+        if name == _RETRIEVER:
+            return model, self._retriever_backbone(model)
         holder = model if isinstance(model.get("backbone"), dict) else model.get("detector")
         if not isinstance(holder, dict) or not isinstance(holder.get("backbone"), dict):
             raise SwapError(
@@ -107,8 +120,19 @@ class _Swap:
             )
         return holder, holder["backbone"]
 
+    def _retriever_backbone(self, model: dict[str, Any]) -> dict[str, Any]:
+        old = backbone_of(model)
+        if old is None or model.get("backbone"):
+            raise SwapError(
+                f"the backbone cannot be replaced: the image_encoder of this {_RETRIEVER} is no list of a "
+                "backbone and its pooling."
+            )
+        if type_name(old) == "LaplacianFormer":
+            raise SwapError("the config has a LaplacianFormer already: set its arch to change its size.")
+        return old
+
     def _rewire(self, holder: dict[str, Any], old: dict[str, Any]) -> None:
-        check_replaceable(holder)
+        check_replaceable(holder, self.scope)
         before = measure_levels(old, self.scope)
         stages = tuple(self.backbone.get("out_indices") or choose_stages(before))
         if len(stages) != len(before.channels):
@@ -116,8 +140,6 @@ class _Swap:
                 f"out_indices is {stages}, and the config's neck or heads read {len(before.channels)} maps: "
                 "give as many."
             )
-        if "in_channels" in old:
-            self.backbone.setdefault("in_channels", old["in_channels"])
         self.backbone["out_indices"] = stages
         dims = self._build_on_meta().embed_dims
         after = Levels(tuple(dims[stage] for stage in stages), tuple(STRIDES[stage] for stage in stages))
@@ -125,30 +147,18 @@ class _Swap:
         if before.strides != after.strides:
             self.notes.append(f"its maps had strides {before.strides}, and have {after.strides} now")
 
-    def _rewire_classifier(self, model: dict[str, Any]) -> None:
-        """A classifier reads the last map, pooled."""
+    def _rewire_last_map(self, model: dict[str, Any], old: dict[str, Any]) -> None:
+        """A classifier, a retriever and a neck on tokens read the last map, pooled."""
         self.backbone["out_indices"] = (3,)
         width = self._build_on_meta().embed_dims[-1]
-        head = model.get("head")
-        if not head:
-            raise SwapError(
-                "the backbone cannot be replaced: this classifier has no head, and hands the old one's "
-                "features on."
-            )
-        model["neck"] = ConfigDict(type="GlobalAveragePooling")
-        if type_name(head) in _TOKEN_HEADS:
-            kept = {key: head[key] for key in _HEAD_KEYS if key in head}
-            model["head"] = ConfigDict(type="LinearClsHead", in_channels=width, **kept)
-            self.notes.append(f"the head {type_name(head)} read tokens, and is a LinearClsHead now")
-            return
-        is_several = type_name(head) == "MultiTaskHead"
-        for part in (head.get("task_heads") or {}).values() if is_several else [head]:
-            if "in_channels" not in part:
-                raise SwapError(
-                    f"the backbone cannot be replaced: the head {type_name(part)} does not state in_channels,"
-                    " so what it reads is unknown."
-                )
-            part["in_channels"] = width
+        if type_name(model) == _RETRIEVER:
+            rewire_retriever(model, self.backbone, width)
+        elif type_name(model) == "ImageClassifier":
+            self.notes += rewire_classifier(model, old, width)
+        else:
+            check_replaceable(model, self.scope)
+            model["neck"].update(in_channels=width, with_avg_pool=True)
+            self.notes.append(f"the neck {type_name(model['neck'])} read tokens, and pools the last map now")
 
     def _build_on_meta(self) -> LaplacianFormer:
         """Our backbone, without memory for its tensors: it checks the options and knows widths and names."""
@@ -221,6 +231,9 @@ class _Swap:
         rules = dict(wrapper.get("paramwise_cfg") or {}) if is_known else {}
         if not is_adam:
             rules.pop("bias_lr_mult", None)
+            # Rules for LARS name norms and biases, which the rules below do for AdamW.
+            named = rules.get("custom_keys") or {}
+            rules["custom_keys"] = {key: rule for key, rule in named.items() if "lars_exclude" not in rule}
         rules.update(norm_decay_mult=0.0, bias_decay_mult=0.0, bypass_duplicate=True)
         keys = self._custom_keys(rules.get("custom_keys") or {})
         # Where every key was the old backbone's, none is left.

@@ -95,12 +95,13 @@ def report(rows: Sequence[Row], arch: str, date: str, table: str) -> str:
     options = "" if set(packages) <= set(DEFAULT_PACKAGES) else f" --packages {' '.join(packages)}"
     parts = [
         "# Every packaged config with a LaplacianFormer",
-        f"`python tools/check_swap.py{options} --out docs/swapped_configs.md`, {date}, arch `{arch}`,\n"
-        f"{', '.join(_version(package) for package in packages)}.",
+        f"`python tools/check_swap.py{options} --out docs/swapped_configs.md`,\n"
+        f"{date}, arch `{arch}`, {', '.join(_version(package) for package in packages)}.",
         _wrapped(
             "Swapped: the new config was written down, read again and built, and a loss (with its gradient "
-            "down to the backbone) and a prediction ran on a made-up sample. What the detail of a swapped "
-            "config names could not be run, in the original config neither."
+            "down to the backbone) and a prediction ran on a made-up sample; self-supervised models return "
+            "features in place of a prediction. What the detail of a swapped config names could not be run, "
+            "in the original config neither."
         ),
         "\n".join(_wrapped(f"- {line}", indent="  ") for line in summary(rows).splitlines()),
         _outcome_table(rows, packages),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..frameworks import type_name
 from .errors import SwapError
 from .levels import Levels
-from .settings import as_list, heads_of, nested
+from .settings import as_list, class_of, heads_of, nested
 
 _STRIDE_KEYS = ("strides", "featmap_strides", "feature_strides")
 # These work on maps of any width and hand it on.
@@ -56,23 +57,34 @@ _REFUSED_HEADS = {
         "at its recipe's crop"
     ),
 }
+_MASKING = "{} masks patches of its input, for masked image modelling, which a LaplacianFormer does not do"
+# Inputs besides the image, by which a backbone is told what to mask.
+_MASK_INPUTS = ("mask", "importance")
+# SparK masks the maps of its backbone from outside.
+_MASKED_BACKBONES = ("SparseConvNeXt", "SparseResNet")
 
 
-def check_replaceable(model: dict[str, Any]) -> None:
+def check_replaceable(model: dict[str, Any], scope: str) -> None:
     """Refuse what is known to need its own backbone.
+
+    Args:
+        model: settings of a model with a ``backbone``.
+        scope: registry scope that they belong to.
 
     Raises:
         SwapError: backbone, neck or a head is of such a kind.
     """
-    reason = next(_reasons_against(model), None)
+    reason = next(_reasons_against(model, scope), None)
     if reason is not None:
         raise SwapError(f"the backbone cannot be replaced: {reason}.")
 
 
-def _reasons_against(model: dict[str, Any]) -> Iterator[str]:
+def _reasons_against(model: dict[str, Any], scope: str) -> Iterator[str]:
     name = type_name(model["backbone"])
     if name in _REFUSED_BACKBONES:
         yield _REFUSED_BACKBONES[name].format(name)
+    if _masks_patches(model["backbone"], scope):
+        yield _MASKING.format(name)
     for neck in as_list(model.get("neck")):
         if type_name(neck) in _REFUSED_NECKS:
             yield _REFUSED_NECKS[type_name(neck)]
@@ -85,6 +97,15 @@ def _reasons_against(model: dict[str, Any]) -> Iterator[str]:
                 f"the RoI head runs the last stage of the old one over every region ({stage}), with its "
                 "channels"
             )
+
+
+def _masks_patches(backbone: dict[str, Any], scope: str) -> bool:
+    """Whether a backbone works on the patches that a mask leaves."""
+    if type_name(backbone) in _MASKED_BACKBONES:
+        return True
+    forward = getattr(class_of(backbone, scope), "forward", None)
+    inputs = inspect.signature(forward).parameters if forward else ()
+    return any(name in inputs for name in _MASK_INPUTS)
 
 
 def _mapped(stated: Any, old: Sequence[int], new: Sequence[int]) -> Any:

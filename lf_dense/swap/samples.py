@@ -16,7 +16,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
 from ..frameworks import type_name
-from .settings import nested, without_pretrained
+from .settings import class_of, image_channels, nested, without_pretrained
 
 # Pixels, small first: some models select hundreds of tokens or pool with large windows, and need more.
 SIZES = (128, 320)
@@ -27,6 +27,12 @@ _BRANCHES = ("sup", "unsup_teacher", "unsup_student")
 _PROGRESS = {"iter": 0, "epoch": 0, "max_iters": 10, "max_epochs": 1}
 _REID_SIZE = (256, 128)
 _CLASSIFICATION_SIZE = (64, 64)
+# Views of an image after the first group of them are this much smaller.
+_SMALLER = 2
+# What a retriever compares an image with.
+_GALLERY = 4
+# What detectors by text look for.
+_WORDS = ("car", "cat", "dog", "person")
 
 Batch = dict[str, Any]
 
@@ -42,6 +48,9 @@ def build_model(config: Config) -> Any:
         settings["data_preprocessor"].update(size=None, size_divisor=1, test_cfg=None)
     elif settings.get("data_preprocessor"):
         settings["data_preprocessor"].pop("batch_augments", None)
+    if "prototype" in settings and settings.get("head"):
+        # The recipe's gallery is a set of images, which need not be here.
+        settings["prototype"] = torch.rand(_GALLERY, settings["head"]["in_channels"])
     for part in nested([settings.get("train_cfg"), settings.get("test_cfg")]):
         for key, most in _MOST.items():
             if isinstance(part.get(key), int):
@@ -71,7 +80,8 @@ def run_model(model: Any, config: Config, mode: str, size: int, masks: bool) -> 
     Args:
         model: what ``build_model`` returned.
         config: the config that it comes from.
-        mode: ``loss`` (a backward pass follows) or ``predict``.
+        mode: ``loss`` (a backward pass follows) or ``predict``. Self-supervised models, which predict
+            nothing, return their features then.
         size: width and height of the image in pixels.
         masks: whether instances have masks.
 
@@ -84,6 +94,8 @@ def run_model(model: Any, config: Config, mode: str, size: int, masks: bool) -> 
     model.train(training)
     model.zero_grad()
     data = model.data_preprocessor(made_up_data(config, training, size, masks), training)
+    if mode == "predict" and _learns_from_views(config):
+        mode = "tensor"
     with torch.set_grad_enabled(training):
         result = model(**data, mode=mode)
     if training:
@@ -95,12 +107,17 @@ def _check_loss(model: Any, total: Tensor) -> None:
     if not torch.isfinite(total):
         raise ValueError(f"the loss is {total.item()}")
     total.backward()
-    owner = model
-    if not hasattr(model, "backbone"):
-        owner = model.detector if hasattr(model, "detector") else model.student
-    gradients = (parameter.grad for parameter in owner.backbone.parameters())
+    gradients = (parameter.grad for parameter in _backbone(model).parameters())
     if not any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients):
         raise ValueError("no gradient reaches the backbone")
+
+
+def _backbone(model: Any) -> Any:
+    if hasattr(model, "backbone"):
+        return model.backbone
+    if hasattr(model, "image_encoder"):
+        return model.image_encoder[0]
+    return (model.detector if hasattr(model, "detector") else model.student).backbone
 
 
 def made_up_data(config: Config, training: bool, size: int, masks: bool) -> Batch:
@@ -116,7 +133,9 @@ def made_up_data(config: Config, training: bool, size: int, masks: bool) -> Batc
     if config.default_scope == "mmseg":
         return _segmentation_data(config.model, 2 if training else 1, size)
     if config.default_scope == "mmpretrain":
-        return _classification_data(config.model)
+        if training and _learns_from_views(config):
+            return _views(config.model)
+        return _classification_data(config)
     preprocessor = type_name(config.model.get("data_preprocessor"))
     if preprocessor == "ReIDDataPreprocessor" or type_name(config.model) == "BaseReID":
         return _reid_data()
@@ -155,13 +174,38 @@ def _segmentation_data(model: dict[str, Any], count: int, size: int) -> Batch:
     return {"inputs": inputs, "data_samples": samples}
 
 
-def _classification_data(model: dict[str, Any]) -> Batch:
+def _classification_data(config: Config) -> Batch:
     from mmpretrain.structures import DataSample
 
+    model = config.model
     classes = count_classes(model.get("head"))
-    inputs = [_image(3, *_CLASSIFICATION_SIZE) for _ in range(2)]
+    preprocessor = model.get("data_preprocessor") or config.get("data_preprocessor")
+    images = [_image(image_channels(model, preprocessor), *_CLASSIFICATION_SIZE) for _ in range(2)]
     samples = [DataSample().set_gt_label(int(torch.randint(0, classes, ()))) for _ in range(2)]
-    return {"inputs": inputs, "data_samples": samples}
+    # Self-supervised models take a list for views of one batch.
+    return {"inputs": torch.stack(images) if _learns_from_views(config) else images, "data_samples": samples}
+
+
+def _learns_from_views(config: Config) -> bool:
+    """Whether a model is self-supervised, and learns from several views of each image."""
+    if config.default_scope != "mmpretrain":
+        return False
+    from mmpretrain.models import BaseSelfSupervisor
+
+    kind = class_of(config.model, "mmpretrain")
+    return kind is not None and issubclass(kind, BaseSelfSupervisor)
+
+
+def _views(model: dict[str, Any]) -> Batch:
+    """Two images in as many views as the head states, two otherwise; the first ones are the largest."""
+    from mmpretrain.structures import DataSample
+
+    stated = (part["num_crops"] for part in nested(model.get("head")) if "num_crops" in part)
+    inputs = []
+    for group, count in enumerate(next(stated, [2])):
+        size = [side // _SMALLER**group for side in _CLASSIFICATION_SIZE]
+        inputs += [_image(2, 3, *size) for _ in range(count)]
+    return {"inputs": inputs, "data_samples": [DataSample() for _ in range(2)]}
 
 
 def _reid_data() -> Batch:
@@ -241,6 +285,9 @@ def _detection_sample(model: dict[str, Any], size: int, with_masks: bool, frame:
 
     classes = count_classes(_without_others(model))
     sample = DetDataSample(metainfo=_detection_meta(size, frame))
+    if model.get("language_model"):
+        classes = min(classes, len(_WORDS))
+        sample.set_metainfo({"text": " . ".join(_WORDS), "custom_entities": True})
     sample.gt_instances = _instances(classes, size, with_masks)
     sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
     # HTC's semantic branch learns from maps of an eighth of the size, the panoptic heads from whole ones.

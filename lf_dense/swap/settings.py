@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..frameworks import type_name
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from ..frameworks import FRAMEWORKS, type_name
 
 _FETCHING = ("Pretrained", "LaplacianPretrained")
 
@@ -35,9 +38,42 @@ def heads_of(model: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def backbone_of(model: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings of a model's backbone; a tracker's is its detector's."""
+    """The settings of a model's backbone; a tracker's is its detector's, a retriever's begins its encoder."""
     backbone: dict[str, Any] | None = model.get("backbone") or (model.get("detector") or {}).get("backbone")
+    encoder = model.get("image_encoder")
+    if backbone is None and isinstance(encoder, (list, tuple)) and encoder:
+        backbone = encoder[0]
     return backbone
+
+
+def adopt_scope(config: Config, package: str) -> None:
+    """Let a packaged config without a scope, as those of headless models are, have that of its package."""
+    if package in FRAMEWORKS and config.get("default_scope") is None:
+        config.default_scope = package
+
+
+def class_of(settings: dict[str, Any], scope: str) -> type | None:
+    """The class of a component; None where the registry does not know it.
+
+    Args:
+        settings: its settings.
+        scope: registry scope that they belong to.
+    """
+    kind = settings.get("type")
+    if not isinstance(kind, str):
+        return kind
+    with MODELS.switch_scope_and_registry(scope) as registry:
+        found: type | None = registry.get(kind)
+    return found
+
+
+def image_channels(model: dict[str, Any], preprocessor: dict[str, Any] | None) -> int:
+    """Channels of the images of a model: those of its backbone, or one where its mean has one value."""
+    stated = (backbone_of(model) or {}).get("in_channels")
+    if isinstance(stated, int):
+        return stated
+    mean = (preprocessor or {}).get("mean")
+    return 1 if isinstance(mean, (list, tuple)) and len(mean) == 1 else 3
 
 
 def without_pretrained(settings: Any) -> Any:

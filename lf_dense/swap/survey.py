@@ -30,7 +30,7 @@ from .rows import (
     write_rows,
 )
 from .samples import build_model, try_sizes
-from .settings import as_list, backbone_of, heads_of
+from .settings import adopt_scope, as_list, backbone_of, heads_of
 from .workers import check_in_processes
 
 PACKAGES = ("mmdet", "mmseg", "mmpretrain")
@@ -109,6 +109,7 @@ class SwapCheck:
             config = load_config(str(config_folder(package) / name))
         except Exception as error:
             return Finding(NO_BASELINE, first_line(error))
+        adopt_scope(config, package)
         if not isinstance(config.get("model"), dict):
             return Finding(NO_MODEL)
         model = _describe(config.model)

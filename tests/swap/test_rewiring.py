@@ -4,8 +4,11 @@ import pytest
 
 pytest.importorskip("mmengine")
 from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import nn
 
 from lf_dense import swap_backbone
+from lf_dense.frameworks import load_config
 from lf_dense.swap import SwapError
 
 WIDTHS = [64, 128, 320, 512]
@@ -91,10 +94,43 @@ def test_necks_of_segmentation(mmseg):
         ("mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py", "whole segmentation network"),
         ("mmseg::dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py", "class token"),
         ("mmseg::setr/setr_vit-l-mla_8xb1-160k_ade20k-512x512.py", "plain ViT"),
-        ("mmpretrain::mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py", "other than maps|does not run"),
+        ("mmpretrain::mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py", "MAEViT masks patches"),
+        ("mmpretrain::simmim/simmim_swin-base-w6_8xb256-amp-coslr-100e_in1k-192px.py", "masks patches"),
+        ("mmpretrain::milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py", "MILANViT masks patches"),
+        ("mmpretrain::spark/spark_sparse-resnet50_8xb512-amp-coslr-800e_in1k.py", "masks patches"),
     ],
 )
 def test_refusals_say_why(name, reason):
     pytest.importorskip(name.partition("::")[0])
     with pytest.raises(SwapError, match=reason):
         swap_backbone(name)
+
+
+def test_a_neck_of_self_supervision_is_rewired_and_its_predictor_is_not():
+    pytest.importorskip("mmpretrain")
+    config = swap_backbone("mmpretrain::byol/byol_resnet50_16xb256-coslr-200e_in1k.py")
+    assert config.model.backbone.out_indices == (3,)
+    assert config.model.neck.in_channels == 512
+    assert config.model.head.predictor.in_channels == 256
+
+
+def test_a_neck_on_the_class_token_pools_the_map():
+    pytest.importorskip("mmpretrain")
+    name = "mmpretrain::mocov3/mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k.py"
+    before = load_config(name).model
+    model = swap_backbone(name).model
+    assert before.neck.with_avg_pool is False
+    assert model.neck == {**before.neck, "in_channels": 512, "with_avg_pool": True}
+    assert model.head == before.head
+
+
+def test_a_user_s_backbone_that_takes_a_mask_is_refused(mmdet):
+    @MODELS.register_module(name="lf_dense_test_masking", force=True)
+    class Masking(nn.Module):
+        def forward(self, x, mask=None):
+            return (x,)
+
+    config = load_config("mmdet::retinanet/retinanet_r18_fpn_1x_coco.py")
+    config.model.backbone = {"type": "lf_dense_test_masking"}
+    with pytest.raises(SwapError, match="lf_dense_test_masking masks patches of its input"):
+        swap_backbone(config)

@@ -9,6 +9,7 @@ from torch import nn
 pytest.importorskip("mmengine")
 from mmengine.config import Config
 
+from lf_dense import swap_backbone
 from lf_dense.frameworks import load_config
 from lf_dense.swap.samples import (
     SIZES,
@@ -135,6 +136,49 @@ def test_classification_samples():
     for image, sample in zip(data["inputs"], data["data_samples"]):
         assert_image(image, 3, 64, 64)
         assert 0 <= int(sample.gt_label) < 2
+
+
+def test_grey_classification_samples():
+    pytest.importorskip("mmpretrain")
+    model = {"type": "ImageClassifier", "backbone": {"type": "LeNet5"}, "head": {"num_classes": 2}}
+    config = config_of("mmpretrain", {**model, "data_preprocessor": {"mean": [33.0]}})
+    assert_image(made_up_data(config, True, SIZE, False)["inputs"][0], 1, 64, 64)
+
+
+def test_views_for_self_supervised_models():
+    pytest.importorskip("mmpretrain")
+    two = made_up_data(config_of("mmpretrain", {"type": "BYOL", "head": {}}), True, SIZE, False)
+    assert [tuple(view.shape) for view in two["inputs"]] == [(2, 3, 64, 64)] * 2
+    crops = {"type": "SwAV", "head": {"loss": {"num_crops": [2, 3]}}}
+    several = made_up_data(config_of("mmpretrain", crops), True, SIZE, False)
+    assert [view.shape[-1] for view in several["inputs"]] == [64, 64, 32, 32, 32]
+    # A batch for features is no list, which would be views.
+    assert_image(made_up_data(config_of("mmpretrain", crops), False, SIZE, False)["inputs"], 2, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mmpretrain::simsiam/simsiam_resnet50_8xb32-coslr-100e_in1k.py",
+        "mmpretrain::swav/swav_resnet50_8xb32-mcrop-coslr-200e_in1k-224px-96px.py",
+        "mmpretrain::mocov2/mocov2_resnet50_8xb32-coslr-200e_in1k.py",
+    ],
+)
+def test_self_supervised_models_run_as_they_are_and_swapped(name):
+    pytest.importorskip("mmpretrain")
+    for config in (load_config(name), swap_backbone(name)):
+        model = build_model(config)
+        assert try_sizes(model, config, "loss") is None
+        assert try_sizes(model, config, "predict") is None
+
+
+def test_detectors_by_text_get_words_that_fit_their_labels(mmdet):
+    config = detector(kind="GLIP", classes=80)
+    config.model.language_model = {"type": "BertModel"}
+    samples = [made_up_data(config, False, SIZE, False)["data_samples"][0] for _ in range(10)]
+    labels = torch.cat([sample.gt_instances.labels for sample in samples])
+    assert labels.max() < len(samples[0].text.split(" . "))
+    assert samples[0].custom_entities
 
 
 def test_labels_fit_every_head(mmdet):
