@@ -1,8 +1,9 @@
 """Builds the native operators; the metadata is in pyproject.toml.
 
 The operators use torch's stable ABI and are plain shared libraries that ``lf_dense.backends.native`` loads; a
-pybind11 module beside them reports the build. Everything compiles through one ninja file. What switches it is
-listed in docs/operators.md.
+pybind11 module beside them reports the build. The attention is built for onnxruntime and for OpenVINO too,
+where their headers are, whether torch is there or not. Everything compiles through one ninja file. What
+switches it is listed in docs/operators.md.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ OPS = ROOT / "ops"
 MIN_TORCH = (2, 11)
 ABI_TARGET = "0x020b000000000000"
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
-CPU_SOURCES = [
-    "schemas.cpp",
-    *(f"cpu/{name}.cpp" for name in ("laplacian_kernel", "newton_schulz_inverse", "laplacian_attention")),
-]
+TORCH_SOURCES = ("schemas.cpp", "cpu/laplacian_kernel.cpp", "cpu/operators.cpp")
+# These know nothing of torch.
+SHARED_SOURCES = ("cpu/newton_schulz_inverse.cpp", "cpu/laplacian_attention.cpp", "cpu/instruction_set.cpp")
+MIN_ONNXRUNTIME_API = 17  # of onnxruntime 1.17
+RPATH_TO_OPENVINO = "-Wl,-rpath,'$$ORIGIN/../../openvino/libs'"  # ninja makes one $ of two
 X86_SETS = {
     "avx512": (64, "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512"),
     "avx2": (32, "-mavx2 -mfma -mf16c"),
@@ -60,6 +62,44 @@ def find_torch() -> tuple[Path, str, str | None]:
         wanted = ".".join(map(str, MIN_TORCH))
         raise CannotBuild(f"torch is {torch.__version__}, and the operators need {wanted} or newer")
     return Path(torch.__file__).parent, torch.__version__, torch.version.cuda
+
+
+def find_onnxruntime() -> tuple[str, str]:
+    """Compiler and linker flags; onnxruntime's Python package has no headers."""
+    name, variable = "onnxruntime_c_api.h", "LF_DENSE_ONNXRUNTIME_INCLUDE"
+    named, package = os.environ.get(variable), find_spec("onnxruntime")
+    folders = [Path(named or "")]
+    if not named:
+        # A package of onnxruntime that has it after all, conda's, a hand's and the distribution's.
+        includes = (Path(sys.prefix, "include"), Path("/usr/local/include"), Path("/usr/include"))
+        packages = [Path(package.origin).parent] if package and package.origin else []
+        folders = [*packages, *(include / "onnxruntime" for include in includes)]
+    header = next((found for folder in folders for found in sorted(folder.rglob(name))), None)
+    if header is None and named:
+        raise SystemExit(f"{variable} is {named}, and there is no {name} in it.")
+    if header is None:
+        raise CannotBuild(f"its header {name} was not found (name its folder in {variable})")
+    version = re.search(r"#define ORT_API_VERSION (\d+)", header.read_text())
+    if version is None or int(version[1]) < MIN_ONNXRUNTIME_API:
+        raise CannotBuild(f"{header} is older than onnxruntime 1.{MIN_ONNXRUNTIME_API}")
+    return f"-pthread -isystem {shlex.quote(str(header.parent))}", "-pthread"
+
+
+def find_openvino(inplace: bool) -> tuple[str, str]:
+    """Compiler and linker flags; an installed library looks for the package beside its own."""
+    package = find_spec("openvino")
+    if package is None or package.origin is None:
+        raise CannotBuild("the package openvino is not there (pip install openvino)")
+    folder = Path(package.origin).parent
+    include, library = folder / "include", folder / "libs"
+    # The package has no names without versions, which -l looks for.
+    found = [sorted(library.glob(f"lib{name}.so*")) for name in ("openvino", "tbb")]
+    headers = ("openvino/op/op.hpp", "openvino/frontend/onnx/extension/op.hpp", "tbb/parallel_for.h")
+    if not all(found) or not all((include / name).exists() for name in headers):
+        raise CannotBuild(f"the package openvino in {folder} comes without its C++ headers and libraries")
+    link = [f"-L{shlex.quote(str(library))}", *(f"-l:{files[0].name}" for files in found)]
+    link += [f"-Wl,-rpath,{shlex.quote(str(library))}" if inplace else RPATH_TO_OPENVINO]
+    return f"-isystem {shlex.quote(str(include))}", " ".join(link)
 
 
 def find_compiler() -> str:
@@ -149,19 +189,19 @@ class Ninja:
         self.lines += [f"  {name} = {value}" for name, value in variables.items()]
         return output
 
-    def run(self, ninja: str) -> None:
+    def run(self, ninja: str, outputs: list[str]) -> bool:
+        """Make these; whether that went well."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        if subprocess.run([ninja, "-C", str(self.folder), *jobs], check=False).returncode:
-            raise SystemExit(
-                "lf_dense's native operators did not compile; the compiler's message is above. "
-                "LF_DENSE_NO_NATIVE=1 installs without them, on the plain PyTorch reference."
-            )
+        return not subprocess.run([ninja, "-C", str(self.folder), *jobs, *outputs], check=False).returncode
 
 
 class BuildOperators(build_ext):
-    """``_operators_cpu.so``, ``_operators_cuda.so`` where CUDA is built, and the module that reports both."""
+    """``_operators_cpu.so``, ``_operators_cuda.so`` where CUDA is built, and the module that reports both.
+
+    ``_operators_onnxruntime.so`` and ``_operators_openvino.so`` have the attention alone.
+    """
 
     def run(self) -> None:
         target = Path(ROOT if self.inplace else self.build_lib) / "lf_dense" / "backends"
@@ -169,16 +209,7 @@ class BuildOperators(build_ext):
         if flag("LF_DENSE_NO_NATIVE"):
             print("LF_DENSE_NO_NATIVE is set: lf_dense is installed without native operators.")
         else:
-            try:
-                built = self.compile(Path(self.build_temp).resolve() / "ops")
-            except CannotBuild as why:
-                if flag("LF_DENSE_FORCE_CUDA"):
-                    raise SystemExit(f"LF_DENSE_FORCE_CUDA is set, but {why}.") from None
-                message = (
-                    f"lf_dense is installed without native operators, since {why}: it runs the plain PyTorch "
-                    "reference."
-                )
-                warnings.warn(message, stacklevel=1)
+            built = self.compile(Path(self.build_temp).resolve() / "ops")
         target.mkdir(parents=True, exist_ok=True)
         for stale in [*target.glob("_operators_*.so"), *target.glob("_build_info.*")]:
             stale.unlink()
@@ -191,15 +222,72 @@ class BuildOperators(build_ext):
         return {}
 
     def compile(self, folder: Path) -> list[Path]:
-        torch_folder, torch_version, torch_cuda = find_torch()
-        compiler, ninja_command, nvcc = find_compiler(), find_ninja(), find_nvcc()
-        include = f"-isystem {shlex.quote(str(torch_folder / 'include'))}"
+        """Compile what can be compiled here; a warning or a line says what cannot, and why."""
+        outputs: list[str] = []
+        try:
+            torch = find_torch()
+        except CannotBuild as why:
+            self.without_torch(why)
+            torch = None
+        try:
+            compiler, ninja_command = find_compiler(), find_ninja()
+        except CannotBuild as why:
+            if torch is not None:
+                self.without_torch(why)
+            return []
+        runtimes = self.find_runtimes()
         extra = os.environ.get("LF_DENSE_CXXFLAGS", "")
         base = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {extra}"
-        stable = f"{base} -DTORCH_TARGET_VERSION={ABI_TARGET} {'-DLF_HAS_X86' if IS_X86 else ''} {include}"
         ninja = Ninja(folder)
         ninja.variable("cxx", compiler)
+        vector, shared = self.add_shared(ninja, base)
+        if torch is not None:
+            try:
+                outputs = self.add_torch(ninja, compiler, base, *torch, vector, shared)
+            except CannotBuild as why:
+                self.without_torch(why)
+        if outputs and not ninja.run(ninja_command, outputs):
+            raise SystemExit(
+                "lf_dense's native operators did not compile; the compiler's message is above. "
+                "LF_DENSE_NO_NATIVE=1 installs without them, on the plain PyTorch reference."
+            )
+        for runtime, (flags, link) in runtimes.items():
+            library = self.add_runtime(ninja, runtime, f"{base} {flags}", link, [*shared, *vector])
+            if ninja.run(ninja_command, [library]):
+                outputs.append(library)
+            else:
+                self.without_runtime(runtime, "it did not compile; the compiler's message is above")
+        return [folder / output for output in outputs]
 
+    def find_runtimes(self) -> dict[str, tuple[str, str]]:
+        """Compiler and linker flags of the runtimes that are there."""
+        found = {}
+        finders = {"onnxruntime": find_onnxruntime, "openvino": lambda: find_openvino(bool(self.inplace))}
+        for runtime, find in finders.items():
+            try:
+                found[runtime] = find()
+            except CannotBuild as why:
+                self.without_runtime(runtime, why)
+        return found
+
+    @staticmethod
+    def without_runtime(runtime: str, why: CannotBuild | str) -> None:
+        # Most have no use for it: this is no warning.
+        print(f"lf_dense's operator for {runtime} is not built, since {why}.", flush=True)
+
+    @staticmethod
+    def without_torch(why: CannotBuild) -> None:
+        if flag("LF_DENSE_FORCE_CUDA"):
+            raise SystemExit(f"LF_DENSE_FORCE_CUDA is set, but {why}.") from None
+        message = (
+            f"lf_dense is installed without native operators, since {why}: it runs the plain PyTorch "
+            "reference."
+        )
+        warnings.warn(message, stacklevel=1)
+
+    @staticmethod
+    def add_shared(ninja: Ninja, base: str) -> tuple[list[str], list[str]]:
+        """The objects of the inner loops, and those around them that know nothing of torch."""
         vector = [
             ninja.build(
                 "compile",
@@ -209,15 +297,34 @@ class BuildOperators(build_ext):
             )
             for name, (size, flags) in {**(X86_SETS if IS_X86 else {}), "plain": (16, "")}.items()
         ]
-        vector.append(
-            ninja.build("compile", "instruction_set.o", [OPS / "cpu/instruction_set.cpp"], flags=stable)
-        )
+        flags = f"{base} {'-DLF_HAS_X86' if IS_X86 else ''}"
+        objects = {
+            source: ninja.build("compile", source.replace("/", "_") + ".o", [OPS / source], flags=flags)
+            for source in SHARED_SOURCES
+        }
+        vector.append(objects.pop("cpu/instruction_set.cpp"))
+        return vector, list(objects.values())
+
+    def add_torch(
+        self,
+        ninja: Ninja,
+        compiler: str,
+        base: str,
+        torch_folder: Path,
+        torch_version: str,
+        torch_cuda: str | None,
+        vector: list[str],
+        shared: list[str],
+    ) -> list[str]:
+        nvcc, extra = find_nvcc(), os.environ.get("LF_DENSE_CXXFLAGS", "")
+        include = f"-isystem {shlex.quote(str(torch_folder / 'include'))}"
+        stable = f"{base} -DTORCH_TARGET_VERSION={ABI_TARGET} {include}"
         objects = [
             ninja.build("compile", source.replace("/", "_") + ".o", [OPS / source], flags=stable)
-            for source in CPU_SOURCES
+            for source in TORCH_SOURCES
         ]
         link = f"-L{shlex.quote(str(torch_folder / 'lib'))} -ltorch_cpu -lc10 {extra}"
-        outputs = [ninja.build("link", "_operators_cpu.so", [*objects, *vector], flags=link)]
+        outputs = [ninja.build("link", "_operators_cpu.so", [*objects, *shared, *vector], flags=link)]
 
         cuda_version = cuda_architectures = ""
         if flag("LF_DENSE_FORCE_CUDA") and not nvcc:
@@ -247,8 +354,15 @@ class BuildOperators(build_ext):
         )
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         outputs.append(ninja.build("link", f"_build_info{suffix}", [module, *vector], flags=extra))
-        ninja.run(ninja_command)
-        return [folder / output for output in outputs]
+        return outputs
+
+    @staticmethod
+    def add_runtime(ninja: Ninja, runtime: str, flags: str, link: str, objects: list[str]) -> str:
+        source = OPS / "runtimes" / f"{runtime}.cpp"
+        shell = ninja.build("compile", f"runtimes_{runtime}.o", [source], flags=flags)
+        # A runtime may unload a library before the last of its objects is gone.
+        extra = f"-Wl,-z,nodelete {os.environ.get('LF_DENSE_CXXFLAGS', '')}"
+        return ninja.build("link", f"_operators_{runtime}.so", [shell, *objects], flags=f"{link} {extra}")
 
     @staticmethod
     def add_cuda(ninja: Ninja, nvcc: str, torch_folder: Path, requested: str) -> str:

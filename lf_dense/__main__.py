@@ -21,6 +21,7 @@ COMMANDS = {
     "publish": "publish",
     "curves": "plot_curves",
     "benchmark": "benchmark",
+    "export": "export",
     "flops": "get_flops",
     "ablate": "ablate",
     "shapes": "make_shapes",

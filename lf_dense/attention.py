@@ -57,7 +57,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
 
-def _pooling_matrix(size: int, cells: int, like: Tensor) -> Tensor:
+def pooling_matrix(size: int, cells: int, like: Tensor) -> Tensor:
     """Adaptive average pooling as a matrix ``(cells, size)``.
 
     Cell i averages positions floor(i size / cells) to ceil((i + 1) size / cells).
@@ -152,8 +152,8 @@ class LaplacianAttention(nn.Module):
         (height, width), (batch, _, heads, head_dims) = hw_shape, q.shape
         rows, columns = (min(cells, size) for cells, size in zip(self.landmark_grid, hw_shape))
         # Two products in place of adaptive_avg_pool2d, whose gradient on a GPU differs from run to run.
-        over_rows = _pooling_matrix(height, rows, q).expand(batch, rows, height)
-        over_columns = _pooling_matrix(width, columns, q).expand(batch * rows, columns, width)
+        over_rows = pooling_matrix(height, rows, q).expand(batch, rows, height)
+        over_columns = pooling_matrix(width, columns, q).expand(batch * rows, columns, width)
         pooled = over_rows @ q.reshape(batch, height, width * heads * head_dims)
         pooled = over_columns @ pooled.view(batch * rows, width, heads * head_dims)
         return pooled.view(batch, rows * columns, heads, head_dims).transpose(1, 2)

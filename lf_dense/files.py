@@ -1,4 +1,4 @@
-"""Files that survive interruption."""
+"""Files: written so that they survive interruption, and images found."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import os
 import tempfile
 from pathlib import Path
 
+from .errors import UsageError
+
 # OpenMMLab's place for configs and tools within an installed package.
 PACKAGED = Path(__file__).resolve().parent / ".mim"
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -27,3 +30,29 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def replace_all(source: Path, target: Path) -> None:
+    """Move the files of a folder into another one of the same file system, each in one step."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in sorted(source.iterdir()):
+        os.chmod(path, 0o666 & ~umask)
+        os.replace(path, target / path.name)
+
+
+def find_images(path: str | Path) -> list[Path]:
+    """An image itself, or all images below a folder, sorted.
+
+    Raises:
+        UsageError: the path is not there, or the folder holds no image.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UsageError(f"{path} is not there: give an image or a folder of images.")
+    images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not images:
+        raise UsageError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+    return images

@@ -6,12 +6,14 @@ block around the call decides, then the environment variable ``LF_DENSE_BACKEND`
 
 from __future__ import annotations
 
+import importlib
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .backends import choose_backend, native, reference
+from .backends import EXPORT_FORMS, choose_backend, native, reference
 from .presets import DELTA, EPS, KERNEL_SCALE, NEWTON_ITERS, NORMALIZATION, TAU
 
 __all__ = ["NORMALIZATIONS", "laplacian_attention", "laplacian_kernel", "newton_schulz_inverse"]
@@ -77,6 +79,23 @@ def _checked_tensors(**tensors: Tensor) -> list[Tensor]:
     return list(tensors.values())
 
 
+def _implementation(backend: str | None, device: torch.device, head_dims: int = 0) -> ModuleType:
+    """The module that serves a call.
+
+    Raises:
+        RuntimeError: the call comes from torch's legacy ONNX exporter, or native cannot serve.
+    """
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "torch's legacy ONNX exporter writes a wrong file for this model (it takes no absolute value in "
+            "an L1 distance): use tools/export.py, or torch.onnx.export(dynamo=True) as docs/export.md says."
+        )
+    name = choose_backend(backend, device, head_dims)
+    if name in EXPORT_FORMS:
+        return importlib.import_module(f"lf_dense.backends.{name}")
+    return native if name == "native" else reference
+
+
 def laplacian_kernel(
     x: Tensor, y: Tensor, scale: float = KERNEL_SCALE, *, backend: str | None = None
 ) -> Tensor:
@@ -105,8 +124,7 @@ def laplacian_kernel(
             "M, d)."
         )
     check_kernel_scale(scale)
-    implementation = native if choose_backend(backend, x.device, x.shape[-1]) == "native" else reference
-    return implementation.laplacian_kernel(x, y, scale)
+    return _implementation(backend, x.device, x.shape[-1]).laplacian_kernel(x, y, scale)
 
 
 def newton_schulz_inverse(
@@ -137,8 +155,7 @@ def newton_schulz_inverse(
     if w.ndim < 2 or w.shape[-1] != w.shape[-2] or w.shape[-1] == 0:
         raise ValueError(f"w has shape {tuple(w.shape)}, and has to be (..., m, m) with m at least 1.")
     check_solver(iters, eps)
-    implementation = native if choose_backend(backend, w.device) == "native" else reference
-    return implementation.newton_schulz_inverse(w, iters, eps)
+    return _implementation(backend, w.device).newton_schulz_inverse(w, iters, eps)
 
 
 def laplacian_attention(
@@ -214,11 +231,10 @@ def laplacian_attention(
     check_tau(tau)
     if not 0 < delta < math.inf:
         raise ValueError(f"delta is {delta}, and has to be a positive finite number.")
-    if choose_backend(backend, q.device, q.shape[-1]) == "reference":
-        return reference.laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau, delta, normalization)
-    if normalization == "mass":
-        return native.laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)
-    # Whitening composes the kernel, the solver and matrix products, on either backend.
+    implementation = _implementation(backend, q.device, q.shape[-1])
+    if implementation is not reference and normalization == "mass":
+        return implementation.laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)
+    # Whitening composes the kernel, the solver and matrix products, on every backend.
     return reference.laplacian_attention(
         q,
         k,
@@ -230,6 +246,6 @@ def laplacian_attention(
         tau,
         delta,
         normalization,
-        native.laplacian_kernel,
-        native.newton_schulz_inverse,
+        implementation.laplacian_kernel,
+        implementation.newton_schulz_inverse,
     )

@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "dtype.h"
+#include "view.h"
 
 // A second library of the same sources under another name (the tests' emulation of the CUDA ones) defines
 // these itself.
@@ -49,23 +49,6 @@ inline DType dtype_of(const Tensor& tensor) {
 inline ScalarType compute_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
-
-// A (batch, heads, rows, channels) tensor of any strides, for code that knows nothing of torch.
-struct View {
-  char* data;
-  int64_t size[4];
-  int64_t stride[4];  // in elements
-  DType dtype;
-
-  int64_t heads() const { return size[0] * size[1]; }
-  int64_t rows() const { return size[2]; }
-  int64_t channels() const { return size[3]; }
-  // The address of one row of head `index` of batch x heads.
-  LF_HOST_DEVICE char* row(int64_t index, int64_t row) const {
-    return data + ((index / size[1]) * stride[0] + (index % size[1]) * stride[1] + row * stride[2]) *
-                      item_size(dtype);
-  }
-};
 
 inline View view(const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.dim() == 4,

@@ -19,6 +19,8 @@ import torch
 from . import native
 
 BACKENDS = ("auto", "reference", "native")
+# These are there while a model is exported: operators of every runtime, and a node of our own.
+EXPORT_FORMS = ("standard", "node")
 ENVIRONMENT_VARIABLE = "LF_DENSE_BACKEND"
 
 _logger = logging.getLogger("lf_dense")
@@ -65,6 +67,16 @@ def use_backend(name: str) -> Iterator[None]:
         _in_block.reset(token)
 
 
+@contextlib.contextmanager
+def exporting(form: str) -> Iterator[None]:
+    """Serve every call in the block in a form for other runtimes, one of ``EXPORT_FORMS``."""
+    token = _in_block.set(form)
+    try:
+        yield
+    finally:
+        _in_block.reset(token)
+
+
 @functools.cache
 def _log_once(obstacle: str) -> None:
     _logger.warning(
@@ -74,6 +86,8 @@ def _log_once(obstacle: str) -> None:
 
 def choose_backend(argument: str | None, device: torch.device, head_dims: int = 0) -> str:
     """Resolve a request to ``"reference"`` or ``"native"``, by the device and the channels of a point.
+
+    Within ``exporting`` it is that form.
 
     ``"auto"`` that finds the native operators unable to serve logs the reason, once.
 
@@ -90,8 +104,8 @@ def choose_backend(argument: str | None, device: torch.device, head_dims: int = 
 def _resolve(argument: str | None, device: torch.device, wide: bool) -> str:
     """Under torch.compile this runs once, when the call is traced."""
     requested = requested_backend(argument)
-    if requested == "reference":
-        return "reference"
+    if requested == "reference" or requested in EXPORT_FORMS:
+        return requested
     obstacle = native.obstacle(device, wide=wide)
     if obstacle is None:
         return "native"

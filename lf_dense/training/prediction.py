@@ -18,29 +18,10 @@ from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
 from mmengine.structures import BaseDataElement
 
 from ..errors import UsageError
-from ..files import write_atomically
+from ..files import find_images, write_atomically
 from ..frameworks import datasets_of, framework_of, type_name
 from ..weights.reading import guard_mmengine, read_checkpoint
 from ..weights.resuming import load_weights
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
-
-def find_images(path: str | Path) -> list[Path]:
-    """An image itself, or all images below a folder, sorted.
-
-    Raises:
-        UsageError: the path is not there, or the folder holds no image.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UsageError(f"{path} is not there: give an image or a folder of images.")
-    images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not images:
-        raise UsageError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-    return images
 
 
 def _image_pipeline(config: Config) -> Compose:
@@ -52,8 +33,36 @@ def _image_pipeline(config: Config) -> Compose:
     return Compose(steps)
 
 
-def _dataset_meta(config: Config, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
-    """Class names and colours, from the checkpoint or else the config."""
+def build_model(config: Config, checkpoint: str | None) -> tuple[Any, dict[str, Any]]:
+    """A config's model on the CPU with a checkpoint's weights, and the checkpoint.
+
+    Without one the model has its initial weights, and the checkpoint is empty.
+
+    Raises:
+        UsageError: framework or checkpoint cannot work, or the checkpoint does not cover the model.
+    """
+    scope = framework_of(config).scope
+    guard_mmengine()
+    loaded = read_checkpoint(checkpoint) if checkpoint else {}
+    init_default_scope(scope)
+    settings = config.model.copy()
+    if config.get("data_preprocessor") and "data_preprocessor" not in settings:
+        settings["data_preprocessor"] = config.data_preprocessor
+    # A checkpoint made without a GPU runs where there is none.
+    model = revert_sync_batchnorm(MODELS.build(settings))
+    if checkpoint:
+        load_weights(model, checkpoint, loaded.get("state_dict", loaded))
+    else:
+        model.init_weights()
+    return model, loaded
+
+
+def dataset_meta(config: Config, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+    """Class names and colours, from the checkpoint or else the config.
+
+    Raises:
+        UsageError: neither names the classes.
+    """
     meta = {
         key.lower(): value for key, value in (checkpoint.get("meta", {}).get("dataset_meta") or {}).items()
     }
@@ -81,17 +90,9 @@ class Predictor:
 
     def __init__(self, config: Config, checkpoint: str, device: str) -> None:
         self.scope = framework_of(config).scope
-        guard_mmengine()
-        loaded = read_checkpoint(checkpoint)
-        init_default_scope(self.scope)
-        model_config = config.model.copy()
-        if config.get("data_preprocessor") and "data_preprocessor" not in model_config:
-            model_config["data_preprocessor"] = config.data_preprocessor
-        # A checkpoint made without a GPU runs where there is none.
-        self.model = revert_sync_batchnorm(MODELS.build(model_config))
-        load_weights(self.model, checkpoint, loaded.get("state_dict", loaded))
+        self.model, loaded = build_model(config, checkpoint)
         self.model.to(device).eval()
-        self.meta = _dataset_meta(config, loaded, checkpoint)
+        self.meta = dataset_meta(config, loaded, checkpoint)
         self.pipeline = _image_pipeline(config)
         visualizer = {
             **config.get("visualizer", {"type": "Visualizer"}),

@@ -1,6 +1,8 @@
 // Normalization "mass": a stream over keys and values, the solver, a stream over queries; backward the two
 // streams again. Kernel columns are recomputed in the backward pass, not stored: docs/operators.md has the
 // measurement.
+#include "laplacian_attention.h"
+
 #include <algorithm>
 
 #include "newton_schulz_inverse.h"
@@ -8,11 +10,6 @@
 
 namespace lf {
 namespace {
-
-template <typename T>
-struct Constants {
-  T scale, tau;
-};
 
 // Sizes of one call; m rows of per-landmark arrays are `cols` or `padded_m` apart.
 struct Shape {
@@ -122,21 +119,12 @@ void copy_rows(const T* from, int64_t from_stride, int64_t rows, int64_t count, 
   }
 }
 
-// The saved tensors of a call, contiguous.
-template <typename T>
-struct Saved {
-  T *inverse, *sums, *mass, *mean_value;
-
-  Saved(const Tensor& inverse, const Tensor& sums, const Tensor& mass, const Tensor& mean_value)
-      : inverse(data<T>(inverse)),
-        sums(data<T>(sums)),
-        mass(data<T>(mass)),
-        mean_value(data<T>(mean_value)) {}
-};
+}  // namespace
 
 template <typename T>
-void forward(const View& q, const View& k, const View& v, const View& landmark_view, Constants<T> constants,
-             int64_t iters, double eps, const View& out, Saved<T> saved) {
+void attention_forward(const View& q, const View& k, const View& v, const View& landmark_view,
+                       AttentionConstants<T> constants, int64_t iters, double eps, const View& out,
+                       Saved<T> saved) {
   const Kernels<T>& ops = kernels<T>();
   const Shape shape(q, landmark_view);
   const auto [heads, rows, m, channels, cols, padded_m, tiled_m] = shape;
@@ -256,9 +244,9 @@ void forward(const View& q, const View& k, const View& v, const View& landmark_v
 }
 
 template <typename T>
-void backward(const View& grad, const View& q, const View& k, const View& v, const View& landmark_view,
-              Saved<T> saved, Constants<T> constants, const View& dq, const View& dk, const View& dv,
-              const View& dlandmarks) {
+void attention_backward(const View& grad, const View& q, const View& k, const View& v,
+                        const View& landmark_view, Saved<T> saved, AttentionConstants<T> constants,
+                        const View& dq, const View& dk, const View& dv, const View& dlandmarks) {
   const Kernels<T>& ops = kernels<T>();
   const Shape shape(q, landmark_view);
   const auto [heads, rows, m, channels, cols, padded_m, tiled_m] = shape;
@@ -441,41 +429,13 @@ void backward(const View& grad, const View& q, const View& k, const View& v, con
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> laplacian_attention(const Tensor& q, const Tensor& k,
-                                                                       const Tensor& v,
-                                                                       const Tensor& landmarks, double scale,
-                                                                       int64_t iters, double eps,
-                                                                       double tau) {
-  check_attention(q, k, v, landmarks);
-  const AttentionResults results(q, landmarks);
-  with_compute_type(q, [&]<typename T>(T) {
-    forward<T>(view(q), view(k), view(v), view(landmarks), {static_cast<T>(scale), static_cast<T>(tau)},
-               iters, eps, view(results.out),
-               Saved<T>(results.inverse, results.sums, results.mass, results.mean_value));
-  });
-  return results.tuple();
-}
+#define LF_ATTENTION(T)                                                                                \
+  template void attention_forward<T>(const View&, const View&, const View&, const View&,               \
+                                     AttentionConstants<T>, int64_t, double, const View&, Saved<T>);   \
+  template void attention_backward<T>(const View&, const View&, const View&, const View&, const View&, \
+                                      Saved<T>, AttentionConstants<T>, const View&, const View&,       \
+                                      const View&, const View&);
+LF_ATTENTION(float)
+LF_ATTENTION(double)
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_attention_backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks,
-    const Tensor& inverse, const Tensor& sums, const Tensor& mass, const Tensor& mean_value, double scale,
-    double tau) {
-  check_attention(q, k, v, landmarks);
-  check_same(grad, q, 0, 4, "the gradient and q");
-  Tensor dq = empty_tokens(q), dk = empty_tokens(k), dv = empty_tokens(v),
-         dlandmarks = empty_tokens(landmarks);
-  with_compute_type(q, [&]<typename T>(T) {
-    backward<T>(view(grad), view(q), view(k), view(v), view(landmarks),
-                Saved<T>(inverse, sums, mass, mean_value), {static_cast<T>(scale), static_cast<T>(tau)},
-                view(dq), view(dk), view(dv), view(dlandmarks));
-  });
-  return {dq, dk, dv, dlandmarks};
-}
-
-}  // namespace
 }  // namespace lf
-
-LF_IMPLEMENT(CPU, m) {
-  m.impl("laplacian_attention", TORCH_BOX(&lf::laplacian_attention));
-  m.impl("laplacian_attention_backward", TORCH_BOX(&lf::laplacian_attention_backward));
-}

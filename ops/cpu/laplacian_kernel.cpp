@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "../tensor.h"
 #include "parallel.h"
 
 namespace lf {

@@ -47,39 +47,9 @@ T largest_row_sum(const T* w, int64_t m) {
   return largest;
 }
 
-template <typename T>
-void inverses(const T* w, int64_t matrices, int64_t m, int64_t iters, double eps, T* out) {
-  kernels<T>();
-  const int64_t cols = padded(m);
-  const bool shared = invert_shared(matrices, m);
-  const auto one = [&](int64_t index) {
-    Scratch<T> packed(m * cols), inverse(m * cols);
-    packed.zeroed(m * cols);
-    for (int64_t i = 0; i < m; ++i) std::copy_n(w + (index * m + i) * m, m, packed + i * cols);
-    invert<T>(packed, m, iters, eps, shared, inverse);
-    for (int64_t i = 0; i < m; ++i) std::copy_n(inverse + i * cols, m, out + (index * m + i) * m);
-  };
-  if (shared) {
-    for (int64_t index = 0; index < matrices; ++index) one(index);
-  } else {
-    parallel(matrices, one);
-  }
-}
-
-Tensor newton_schulz_inverse(const Tensor& w, int64_t iters, double eps) {
-  check_matrices(w);
-  Tensor packed = torch::stable::contiguous(w), out = torch::stable::empty_like(packed);
-  const int64_t m = w.size(-1), matrices = m ? w.numel() / (m * m) : 0;
-  with_compute_type(
-      w, [&]<typename T>(T) { inverses<T>(data<T>(packed), matrices, m, iters, eps, data<T>(out)); });
-  return out;
-}
-
 }  // namespace
 
-bool invert_shared(int64_t matrices, int64_t m) {
-  return m >= 128 && matrices < static_cast<int64_t>(torch::stable::get_num_threads());
-}
+bool invert_shared(int64_t matrices, int64_t m) { return m >= 128 && matrices < pool_threads(); }
 
 // The paper's iteration with the project's start and scaling, see lf_dense.reference: the factor of step k is
 // 1 + 1 / cosh(2^k a).
@@ -115,5 +85,3 @@ template void invert<float>(const float*, int64_t, int64_t, double, bool, float*
 template void invert<double>(const double*, int64_t, int64_t, double, bool, double*);
 
 }  // namespace lf
-
-LF_IMPLEMENT(CPU, m) { m.impl("newton_schulz_inverse", TORCH_BOX(&lf::newton_schulz_inverse)); }

@@ -1,4 +1,4 @@
-// Scratch memory and torch's thread pool.
+// Scratch memory, and loops over the threads of whoever called.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,8 @@
 #include <memory>
 #include <new>
 
-#include "../tensor.h"
+#include "../view.h"
+#include "pool.h"
 #include "vector_kernels.h"
 
 namespace lf {
@@ -40,8 +41,12 @@ void share_out(int64_t count, const Worker& worker) {
     const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
     return item < count ? item : int64_t{-1};
   };
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { worker(take); });
+  // A pool may be smaller than it said: a call that comes when all is taken must not make scratch memory.
+  auto run = [&] {
+    if (next.load(std::memory_order_relaxed) < count) worker(take);
+  };
+  run_on_pool(
+      std::min(count, pool_threads()), [](void* state) { (*static_cast<decltype(run)*>(state))(); }, &run);
 }
 
 template <typename Run>

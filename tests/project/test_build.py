@@ -137,3 +137,10 @@ def test_cuda_asked_for_without_nvcc_is_an_error(tmp_path):
     assert done.returncode != 0
     said = "LF_DENSE_FORCE_CUDA is set, but nvcc was not found (put it on the PATH or set CUDA_HOME)."
     assert done.stderr.strip().splitlines()[-1] == said
+
+
+def test_a_folder_without_onnxruntimes_header_is_one_sentence(tmp_path):
+    done = build(tmp_path, LF_DENSE_ONNXRUNTIME_INCLUDE=str(tmp_path))
+    assert done.returncode != 0
+    said = f"LF_DENSE_ONNXRUNTIME_INCLUDE is {tmp_path}, and there is no onnxruntime_c_api.h in it."
+    assert done.stderr.strip().splitlines()[-1] == said

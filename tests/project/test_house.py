@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ FLOORS = (
     ("weights",),
     ("swap",),
     ("training",),
+    ("export",),
     ("benchmark", "ablation"),
     ("distillation", "info", "__main__"),
 )
@@ -43,6 +45,18 @@ TORCH_ALONE = (
     "blocks",
     "info",
     "ablation",
+)
+# What runs exported models; it imports these, the standard library and no more, however late.
+RUNTIME = tuple(
+    f"export.{name}"
+    for name in ("runtime", "metadata", "preparing", "decoding", "drawing", "run", "libraries")
+)
+RUNTIME_IMPORTS = (
+    "cv2",
+    "numpy",
+    "onnxruntime",
+    "openvino",
+    *(f"lf_dense.{name}" for name in ("errors", "files", "export.Runtime", *RUNTIME)),
 )
 # The one module that is part of a framework; a config has to name it.
 GLUE = {"mmpretrain": ("distillation", "training.distillation")}
@@ -93,6 +107,15 @@ def test_frameworks_are_imported_where_they_belong(name, path):
             assert room_of(name) not in TORCH_ALONE, f"{name} imports {imported}"
         elif top in FRAMEWORKS:
             assert name in GLUE.get(top, ()), f"{name} imports {imported} before anybody asked for it"
+
+
+@pytest.mark.parametrize(("name", "path"), [(name, path) for name, path in modules() if name in RUNTIME])
+def test_the_runtime_of_exported_models_needs_no_torch(name, path):
+    for imported in imports_of(name, path, top_alone=False):
+        known = any(f"{imported}.".startswith(f"{allowed}.") for allowed in RUNTIME_IMPORTS)
+        assert known or imported.split(".")[0] in sys.stdlib_module_names, f"{name} imports {imported}"
+    for imported in imports_of(name, path, top_alone=True):
+        assert imported not in ("onnxruntime", "openvino"), f"{name} imports {imported} before it is needed"
 
 
 def tracked(*patterns: str) -> list[Path]:

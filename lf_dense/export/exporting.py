@@ -1,0 +1,244 @@
+"""Export, checked: a file is written where the runtime that will read it agrees with PyTorch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from mmengine.config import Config
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from ..errors import UsageError, one_line
+from ..files import replace_all
+from ..frameworks import framework_of
+from ..training.prediction import build_model, dataset_meta
+from .describing import describe
+from .graphs import FORMS, onnx_graph, torch_graph
+from .parts import Part, choose_part, reference_outputs
+from .tracing import traceable
+
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch_export": ".pt2", "aoti": ".pt2"}
+# (batch, height, width): odd sides, a batch, a map with fewer cells than landmarks, a detector's image.
+CHECKED_SIZES = ((1, 224, 224), (2, 321, 259), (1, 64, 96), (1, 512, 512), (1, 800, 1333))
+# torch.export guards maps of one row or column away, so that such graphs take no image as small as that.
+SMALLEST_OF_TORCH = 160
+# Of the largest value of an output, in float32.
+TOLERANCE = 1e-4
+
+Runner = Callable[[npt.NDArray[np.float32]], list[npt.NDArray[Any]]]
+
+
+class Check(NamedTuple):
+    """How far an exported model is from PyTorch at one size: the largest difference of any output, relative
+    to that output's largest value."""
+
+    what: str
+    error: float
+
+
+def _as_result(name: str, wanted: Tensor, got: npt.NDArray[Any]) -> float:
+    expected = wanted.numpy()
+    if got.shape != expected.shape:
+        return float("inf")
+    if not np.issubdtype(expected.dtype, np.floating):
+        # Labels: where two classes are level, rounding decides.
+        return float(np.mean(got != expected)) * TOLERANCE / 1e-3
+    if expected.size == 0:
+        return 0.0
+    return float(np.abs(got.astype(np.float64) - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+def check(module: nn.Module, outputs: Sequence[str], run: Runner, images: dict[str, Tensor]) -> list[Check]:
+    """Run an exported model and its module on the same images.
+
+    Labels count as wrong by their share: a thousandth of them is as bad as ``TOLERANCE``.
+    """
+    checks = []
+    for what, image in images.items():
+        wanted = reference_outputs(module, image)
+        got = run(image.numpy())
+        errors = [_as_result(*row) for row in zip(outputs, wanted, got)]
+        worst = max(errors, default=0.0)
+        checks.append(Check(what, float("inf") if np.isnan(worst) else worst))
+    return checks
+
+
+def _images(
+    channels: int, size: tuple[int, int] | None, batch: int | None, smallest: int
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if size:
+        shapes: Sequence[tuple[int, int, int]] = ((batch or 1, *size),)
+    else:
+        shapes = [
+            (batch or count, max(height, smallest), max(width, smallest + 32))
+            for count, height, width in CHECKED_SIZES
+        ]
+    return {
+        f"{count} x {height} x {width}": torch.randn(count, channels, height, width, generator=generator)
+        for count, height, width in shapes
+    }
+
+
+def _write_onnx(model: Any, target: Path) -> None:
+    import onnx
+
+    onnx.checker.check_model(model)
+    onnx.save(model, str(target))
+
+
+def _write_openvino(model: Any, form: str, target: Path) -> None:
+    try:
+        import openvino
+    except ModuleNotFoundError:
+        raise UsageError("exporting to OpenVINO needs openvino: pip install 'lf_dense[export]'.") from None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "model.onnx")
+        _write_onnx(model, source)
+        core = openvino.Core()
+        if form == "operator":
+            from .libraries import register_openvino
+
+            register_openvino(core)
+        openvino.save_model(core.read_model(source), target, compress_to_fp16=False)
+
+
+def _write_aoti(program: torch.export.ExportedProgram, target: Path) -> None:
+    import torch._inductor
+
+    torch._inductor.aoti_compile_and_package(program, package_path=str(target))
+
+
+def _runner(path: Path, format_: str) -> Runner:
+    """What runs an exported file on a batch."""
+    if format_ in ("onnx", "openvino"):
+        from .runtime import Runtime
+
+        return Runtime(path).run
+    if format_ == "torch_export":
+        call: Any = torch.export.load(str(path)).module()
+    else:
+        call = torch._inductor.aoti_load_package(str(path))
+
+    def run(batch: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
+        with torch.no_grad():
+            result = call(torch.from_numpy(batch))
+        return [result.numpy()] if isinstance(result, Tensor) else [part.numpy() for part in result]
+
+    return run
+
+
+def export_model(
+    config: Config,
+    checkpoint: str | None,
+    out: str | Path,
+    format: str = "onnx",
+    form: str = "standard",
+    part: str = "model",
+    output: str | None = None,
+    size: tuple[int, int] | None = None,
+    image: str | Path | None = None,
+    tell: Callable[[str], None] = print,
+) -> list[Check]:
+    """Export a model, run what was exported, and write it where it agrees with PyTorch.
+
+    Beside ``out`` stands a JSON file of the same stem, which ``lf_dense.export.Runtime`` reads; an OpenVINO
+    model has its weights in a ``.bin``.
+
+    Args:
+        config: of any of the three frameworks.
+        checkpoint: path or address, which has to cover the whole model; None exports random weights.
+        out: the file to write; its suffix is the format's, one of ``FORMATS``.
+        format: a key of ``FORMATS``.
+        form: ``"standard"``: the attention in operators that every runtime has. ``"operator"``: our operator,
+            for runtimes that load its library.
+        part: ``"model"``, or ``"backbone"`` alone.
+        output: one of ``parts.OUTPUTS`` of the task; None takes the first.
+        size: the (height, width) of a model that takes no other; None makes height, width and batch dynamic.
+        image: a photograph to check besides, prepared as the model's test pipeline does.
+        tell: gets a line for each size that was checked.
+
+    Returns:
+        What was checked.
+
+    Raises:
+        UsageError: an argument does not fit, a model of this kind is not exported, or the exported model is
+            further than ``TOLERANCE`` from PyTorch; nothing is written then.
+    """
+    out = Path(out)
+    if format not in FORMATS:
+        raise UsageError(f"the format {format!r} does not exist: use one of {', '.join(FORMATS)}.")
+    if form not in FORMS:
+        raise UsageError(f"the form {form!r} does not exist: use one of {', '.join(FORMS)}.")
+    if out.suffix != FORMATS[format]:
+        raise UsageError(f"{out} does not end in {FORMATS[format]}, as a file of the format {format} does.")
+    scope = framework_of(config).scope
+    model, loaded = build_model(config, checkpoint)
+    if checkpoint is None:
+        message = "no checkpoint was given: the exported model has random weights."
+        print_log(message, logger="current", level=logging.WARNING)
+    meta = dataset_meta(config, loaded, checkpoint or "the config") if part == "model" else {"classes": []}
+    chosen = choose_part(model.eval(), scope, part, output)
+    description = describe(chosen, config, meta, form, size)
+    channels = getattr(model.backbone, "in_channels", 3)
+    # Final boxes are those of one image.
+    batch = 1 if description["postprocess"]["kind"] == "boxes" else None
+    with tempfile.TemporaryDirectory(dir=_existing(out.parent), prefix=f".{out.stem}.") as folder:
+        target = Path(folder, out.name)
+        traced = traceable(chosen.module)
+        if format in ("onnx", "openvino"):
+            graph = onnx_graph(traced, form, channels, size, chosen.outputs, batch)
+            if format == "onnx":
+                _write_onnx(graph, target)
+            else:
+                _write_openvino(graph, form, target)
+        else:
+            program = torch_graph(traced, form, channels, size, batch)
+            if format == "torch_export":
+                torch.export.save(program, str(target))
+            else:
+                _write_aoti(program, target)
+        target.with_suffix(".json").write_text(json.dumps(description, indent=1))
+        images = _images(channels, size, batch, 0 if format in ("onnx", "openvino") else SMALLEST_OF_TORCH)
+        if image:
+            images[str(image)] = _prepared(image, target)
+        checks = check(chosen.module, chosen.outputs, _runner(target, format), images)
+        for row in checks:
+            tell(f"{row.what:<24} relative error {row.error:.1e}")
+        worst = max(checks, key=lambda row: row.error)
+        if worst.error > TOLERANCE:
+            raise UsageError(
+                f"the exported model is off by {worst.error:.1e} at {worst.what}, and {TOLERANCE:g} is "
+                "allowed, so nothing is written: where a layer computes sizes in Python, --size HEIGHT WIDTH "
+                "exports the model for one size."
+            )
+        replace_all(Path(folder), out.parent)
+    return checks
+
+
+def _prepared(image: str | Path, target: Path) -> Tensor:
+    """A photograph as the exported model's input."""
+    from .metadata import read_metadata
+    from .preparing import read_image
+
+    pixels = read_image(image)
+    if pixels is None:
+        raise UsageError(f"{image} is no image that can be read: give a photograph to check with.")
+    preparation = read_metadata(target.with_suffix(".json")).preparation
+    return torch.from_numpy(preparation(pixels).batch)
+
+
+def _existing(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made ({one_line(error)}): give another --out.") from None
+    return folder

@@ -1,0 +1,187 @@
+"""Exported graphs: the attention in both forms, against the literal computation in float64."""
+
+from __future__ import annotations
+
+import math
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import lf_dense
+from lf_dense.backends import exporting, native
+from lf_dense.export import graphs
+from lf_dense.export.parts import Backbone
+from support import ROOT
+from support.literal import literal_attention, make_inputs, relative_error
+
+SMALL = {
+    "embed_dims": (16, 32, 48, 64),
+    "depths": (1, 1, 1, 1),
+    "num_heads": (1, 2, 3, 4),
+    "mlp_ratios": (2, 2, 2, 2),
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, normalization):
+        super().__init__()
+        self.normalization = normalization
+
+    def forward(self, q, k, v, landmarks):
+        return lf_dense.laplacian_attention(q, k, v, landmarks, normalization=self.normalization)
+
+
+class Model(nn.Module):
+    """What ``Backbone`` takes the backbone of."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.backbone = lf_dense.LaplacianFormer(SMALL, **options).eval()
+
+
+def session_of(model):
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def all_nodes(graph):
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from all_nodes(attribute.g)
+
+
+@pytest.fixture(scope="module", params=["mass", "whiten_keys", "whiten_landmarks"])
+def attention(request):
+    """One graph of the standard form for every number of tokens and landmarks."""
+    auto, inputs = torch.export.Dim.AUTO, make_inputs(batch=3, n=300, dtype=torch.float32)
+    tokens = {0: auto, 2: auto}
+    with graphs._quiet(), torch.no_grad(), exporting("standard"):
+        program = torch.export.export(
+            Attention(request.param), tuple(inputs), dynamic_shapes=(*[tokens] * 3, tokens), strict=False
+        )
+        model = torch.onnx.export(program, dynamo=True, opset_version=graphs.OPSET, verbose=False)
+    return request.param, session_of(model.model_proto)
+
+
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 1), (2, 2), (33, 9), (127, 9), (128, 9), (129, 49), (256, 16), (1000, 49)]
+)
+def test_the_standard_form_is_the_literal_computation(attention, n, m):
+    normalization, session = attention
+    exact = make_inputs(batch=2, n=n, m=m)
+    wanted = literal_attention(*exact, normalization)
+    inputs = [x.float() for x in exact]
+    names = [value.name for value in session.get_inputs()]
+    (out,) = session.run(None, dict(zip(names, (x.numpy() for x in inputs))))
+    plain = lf_dense.laplacian_attention(*inputs, normalization=normalization, backend="reference")
+    floor = torch.finfo(torch.float32).eps
+    assert relative_error(torch.from_numpy(out), wanted) <= 2 * max(relative_error(plain, wanted), floor)
+
+
+def test_nothing_of_the_standard_form_is_as_large_as_tokens_by_landmarks(attention):
+    """Memory is linear in the tokens: a block's kernel is the largest that a step makes."""
+    n = 64 * 1024
+    _, session = attention
+    inputs = make_inputs(batch=1, heads=2, n=n, m=49, d=8, dtype=torch.float32)
+    names = [value.name for value in session.get_inputs()]
+    options = onnxruntime.RunOptions()
+    (out,) = session.run(None, dict(zip(names, (x.numpy() for x in inputs))), options)
+    assert math.isfinite(out.sum())
+
+
+@pytest.fixture(scope="module")
+def standard():
+    model = Model()
+    graph = graphs.onnx_graph(Backbone(model), "standard", 3, None, tuple("abcd"))
+    return model, graph
+
+
+@pytest.fixture(scope="module")
+def operator():
+    model = Model()
+    return model, graphs.onnx_graph(Backbone(model), "operator", 3, None, tuple("abcd"))
+
+
+def test_the_standard_form_needs_nothing_of_ours(standard):
+    _, graph = standard
+    onnx.checker.check_model(graph, full_check=True)
+    assert {entry.domain for entry in graph.opset_import} <= {"", "pkg.onnxscript.torch_lib.common"}
+    assert {node.domain for node in all_nodes(graph.graph)} == {""}
+    assert not graph.functions
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width"), [(1, 224, 224), (2, 33, 47), (1, 64, 96), (3, 161, 131), (1, 500, 333)]
+)
+def test_the_standard_form_takes_any_size(standard, batch, height, width):
+    model, graph = standard
+    image = torch.randn(batch, 3, height, width)
+    with torch.no_grad():
+        wanted = model.backbone(image)
+    for out, expected in zip(session_of(graph).run(None, {"image": image.numpy()}), wanted):
+        assert out.shape == expected.shape
+        assert abs(out - expected.numpy()).max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_operator_is_one_node_an_attention(operator):
+    _, graph = operator
+    nodes = [node for node in all_nodes(graph.graph) if node.domain == graphs.DOMAIN]
+    assert [node.op_type for node in nodes] == ["LaplacianAttention"] * 4
+    assert not any(node.op_type == "Scan" for node in all_nodes(graph.graph))
+    values = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in nodes[0].attribute}
+    assert values == {
+        "scale": pytest.approx(4.0),
+        "iters": 10,
+        "eps": pytest.approx(1e-2),
+        "tau": pytest.approx(1e-2),
+    }
+
+
+def test_tokens_reach_the_operator_as_projections_leave_them(operator):
+    """The node's layout is the projections': no transpose stands on either side of it."""
+    _, graph = operator
+    made_by = {name: node for node in graph.graph.node for name in node.output}
+    for node in graph.graph.node:
+        if node.op_type == "LaplacianAttention":
+            assert [made_by[name].op_type for name in node.input[:3]].count("Transpose") == 0
+
+
+def test_a_file_says_nothing_of_the_machine_that_made_it(standard, operator):
+    for _, graph in (standard, operator):
+        content = graph.SerializeToString()
+        assert str(ROOT).encode() not in content
+        assert b".py" not in content
+
+
+@pytest.mark.parametrize("form", ["standard", "operator"])
+def test_a_torch_graph_is_the_module(form):
+    if form == "operator" and native.library_obstacle("cpu"):
+        pytest.skip(f"no native operators: {native.library_obstacle('cpu')}")
+    model = Model()
+    program = graphs.torch_graph(Backbone(model), form, 3, None)
+    for shape in ((2, 3, 96, 64), (1, 3, 161, 131)):
+        image = torch.randn(shape)
+        with torch.no_grad():
+            for out, wanted in zip(program.module()(image), model.backbone(image)):
+                torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_legacy_exporter_is_refused(tmp_path):
+    """It would write a file whose values are NaN, without a word."""
+    with pytest.raises(RuntimeError, match="legacy ONNX exporter writes a wrong file"):
+        torch.onnx.export(
+            Model().backbone, (torch.randn(1, 3, 64, 64),), str(tmp_path / "wrong.onnx"), dynamo=False
+        )
+    assert not (tmp_path / "wrong.onnx").exists()
+
+
+def test_tracing_without_an_export_goes_on_working():
+    backbone = Model().backbone
+    image = torch.randn(1, 3, 64, 64)
+    traced = torch.jit.trace(backbone, image, check_trace=False)
+    for out, wanted in zip(traced(image), backbone(image)):
+        torch.testing.assert_close(out, wanted)

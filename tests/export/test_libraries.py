@@ -1,0 +1,440 @@
+"""The attention's operator in onnxruntime and OpenVINO, against the reference in float64."""
+
+import ctypes
+import itertools
+import re
+import runpy
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lf_dense import laplacian_attention
+from lf_dense.errors import UsageError
+from lf_dense.export import libraries
+from lf_dense.export.libraries import operator_library, register_onnxruntime, register_openvino
+from support import ROOT
+
+onnx = pytest.importorskip("onnx")
+ATTRIBUTES = {"scale": 4.0, "iters": 10, "eps": 1e-2, "tau": 1e-2}
+RUNTIMES = ("onnxruntime", "openvino")
+NAMES = ("q", "k", "v", "landmarks")
+TYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}
+MANY = 321 * 259
+
+
+@pytest.fixture(params=RUNTIMES)
+def runtime(request):
+    return needs(request.param)
+
+
+@pytest.fixture
+def onnxruntime():
+    return pytest.importorskip(needs("onnxruntime"))
+
+
+@pytest.fixture
+def openvino():
+    return pytest.importorskip(needs("openvino"))
+
+
+def needs(runtime):
+    """Skip where there is no such runtime, or nothing to build its library with."""
+    if find_spec(runtime) is None:
+        pytest.skip(f"{runtime} is not installed")
+    try:
+        operator_library(runtime)
+    except UsageError as error:
+        why = cannot_build(runtime)
+        if why is None:
+            pytest.fail(f"what {runtime}'s library is built with is there, and the library is not: {error}")
+        pytest.skip(f"{runtime}'s library was not built: {why}")
+    return runtime
+
+
+def cannot_build(runtime):
+    """Why setup.py would not build the library here; None where it would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **unused: None)
+        setup = runpy.run_path(str(ROOT / "setup.py"))
+    if setup["flag"]("LF_DENSE_NO_NATIVE"):
+        return "LF_DENSE_NO_NATIVE is set"
+    try:
+        setup["find_compiler"]()
+        setup["find_ninja"]()
+        setup["find_onnxruntime"]() if runtime == "onnxruntime" else setup["find_openvino"](True)
+    except setup["CannotBuild"] as why:
+        return str(why)
+    return None
+
+
+def make_model(path, dtype=torch.float32, version=1, **attributes):
+    """A graph of the node alone, for any sizes."""
+    helper, tokens, points = onnx.helper, ["b", "n", "heads", "d"], ["b", "heads", "m", "d"]
+    attributes = {**ATTRIBUTES, **attributes}
+    attributes = {name: value for name, value in attributes.items() if value is not None}
+    node = helper.make_node("LaplacianAttention", NAMES, ["out"], domain="lf_dense", **attributes)
+    shapes = dict.fromkeys("qkv", tokens) | {"landmarks": points}
+    inputs = [helper.make_tensor_value_info(name, TYPES[dtype], shape) for name, shape in shapes.items()]
+    output = helper.make_tensor_value_info("out", TYPES[dtype], tokens)
+    graph = helper.make_graph([node], "attention", inputs, [output])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("lf_dense", version)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    return path
+
+
+def make_cast_model(path):
+    """The node in bfloat16, which numpy does not have: the graph casts before and behind it."""
+    model = onnx.load(make_model(path))
+    cast, (node,) = onnx.helper.make_node, list(model.graph.node)
+    halves = [cast("Cast", [name], [f"{name}_half"], to=onnx.TensorProto.BFLOAT16) for name in NAMES]
+    node.input[:], node.output[:] = [f"{name}_half" for name in NAMES], ["out_half"]
+    back = cast("Cast", ["out_half"], ["out"], to=onnx.TensorProto.FLOAT)
+    model.graph.ClearField("node")
+    model.graph.node.extend([*halves, node, back])
+    onnx.save(model, path)
+    return path
+
+
+def session(path, threads=2):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    register_onnxruntime(options)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def new_core():
+    import openvino
+
+    core = openvino.Core()
+    register_openvino(core)
+    return core
+
+
+def load(runtime, path):
+    """The model as a function of numpy arrays."""
+    if runtime == "onnxruntime":
+        opened = session(path)
+        return lambda *arrays: opened.run(None, dict(zip(NAMES, arrays)))[0]
+    compiled = new_core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    request = compiled.create_infer_request()
+    return lambda *arrays: infer(request, arrays)
+
+
+def infer(request, arrays):
+    """By a request of its own: where a model itself was called, OpenVINO overwrites those inputs later."""
+    return request.infer(dict(zip(NAMES, arrays)))[0].copy()
+
+
+def make_arrays(n, d=20, m=9, batch=1, heads=2, dtype=torch.float32):
+    """Tokens so far apart that no rounding is amplified: on closer ones either error is a matter of luck."""
+    generator = torch.Generator().manual_seed(n)
+    tokens = [torch.randn(batch, n, heads, d, generator=generator) * 2 for _ in range(3)]
+    landmarks = torch.randn(batch, heads, m, d, generator=generator) * 2
+    return [x.to(dtype).numpy() for x in (*tokens, landmarks)]
+
+
+def reference(arrays, dtype):
+    q, k, v, landmarks = (torch.from_numpy(x).to(dtype) for x in arrays)
+    out = laplacian_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), landmarks, backend="reference"
+    )
+    return out.transpose(1, 2)
+
+
+def check(got, arrays):
+    """The errors are at most twice those of plain PyTorch at that dtype."""
+    exact, given = reference(arrays, torch.float64), torch.from_numpy(got)
+    plain = reference(arrays, torch.float32).to(given.dtype)
+    floor = 4 * torch.finfo(given.dtype).eps * exact.abs().max()
+    assert given.shape == exact.shape
+    assert (given.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + floor
+
+
+def refusal(run, *arguments):
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(*arguments)
+    return " ".join(str(caught.value).split())
+
+
+def test_the_node_rounds_like_plain_pytorch_at_every_size(runtime, tmp_path):
+    # One session for all: every size is the call's own.
+    run = load(runtime, make_model(tmp_path / "node.onnx"))
+    for n, d, m in itertools.product((1, 2, 33), (4, 20, 64), (1, 9, 49)):
+        for batch, heads in ((2, 1), (1, 2), (2, 5)):
+            arrays = make_arrays(n, d, m, batch, heads)
+            check(run(*arrays), arrays)
+
+
+def test_many_tokens(runtime, tmp_path):
+    run = load(runtime, make_model(tmp_path / "node.onnx"))
+    arrays = make_arrays(MANY, 20, 49)
+    check(run(*arrays), arrays)
+
+
+def test_many_landmarks_are_inverted_by_all_threads(runtime, tmp_path):
+    run = load(runtime, make_model(tmp_path / "node.onnx"))
+    arrays = make_arrays(300, 16, 196, heads=1)
+    check(run(*arrays), arrays)
+
+
+def test_the_bits_are_those_of_the_native_operator(runtime, tmp_path):
+    arrays = make_arrays(3001, 64, 49)
+    q, k, v, landmarks = map(torch.from_numpy, arrays)
+    try:
+        tokens = (x.transpose(1, 2) for x in (q, k, v))
+        expected = laplacian_attention(*tokens, landmarks, backend="native").transpose(1, 2)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    got = load(runtime, make_model(tmp_path / "node.onnx"))(*arrays)
+    assert torch.equal(torch.from_numpy(got), expected)
+
+
+def test_float16(runtime, tmp_path):
+    run = load(runtime, make_model(tmp_path / "node.onnx", torch.float16))
+    for n in (1, 33, 500):
+        arrays = make_arrays(n, dtype=torch.float16)
+        got = run(*arrays)
+        assert got.dtype == arrays[0].dtype
+        check(got, arrays)
+
+
+def test_bfloat16(runtime, tmp_path):
+    run = load(runtime, make_cast_model(tmp_path / "node.onnx"))
+    rounded = [torch.from_numpy(x).bfloat16().float().numpy() for x in make_arrays(500)]
+    got = torch.from_numpy(run(*rounded))
+    exact = reference(rounded, torch.float64)
+    assert (got - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+def test_no_images_are_no_error(runtime, tmp_path):
+    arrays = make_arrays(33, batch=1)
+    assert load(runtime, make_model(tmp_path / "node.onnx"))(*(x[:0] for x in arrays)).shape[0] == 0
+
+
+def test_the_attributes_are_used(runtime, tmp_path):
+    arrays = make_arrays(200)
+    q, k, v, landmarks = map(torch.from_numpy, arrays)
+    others = {"scale": 2.0, "iters": 8, "eps": 0.1, "tau": 0.5}
+    tokens = [x.transpose(1, 2).double() for x in (q, k, v)]
+    expected = laplacian_attention(*tokens, landmarks.double(), **others, backend="reference")
+    got = load(runtime, make_model(tmp_path / "node.onnx", **others))(*arrays)
+    torch.testing.assert_close(torch.from_numpy(got), expected.transpose(1, 2).float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"scale": 0.0}, {"scale": float("nan")}, {"iters": 0}, {"eps": 0.0}, {"tau": -1.0}], ids=str
+)
+def test_attributes_that_cannot_be_are_one_sentence(runtime, wrong, tmp_path):
+    said = refusal(load, runtime, make_model(tmp_path / "node.onnx", **wrong))
+    assert "scale and eps have to be positive finite numbers, tau 0 or larger and iters at least 1." in said
+
+
+def test_an_attribute_that_is_missing_is_named(runtime, tmp_path):
+    assert "eps" in refusal(load, runtime, make_model(tmp_path / "node.onnx", eps=None))
+
+
+def shapes_that_do_not_fit():
+    q, k, v, landmarks = make_arrays(33)
+    yield (
+        "q, k and v have shapes (1, 33, 2, 20), (1, 32, 2, 20) and (1, 33, 2, 20)",
+        (
+            q,
+            k[:, 1:],
+            v,
+            landmarks,
+        ),
+    )
+    yield (
+        "q, k and v have shapes (1, 33, 2, 20), (1, 33, 2, 20) and (1, 33, 1, 20)",
+        (
+            q,
+            k,
+            v[:, :, 1:],
+            landmarks,
+        ),
+    )
+    empty = (x[:, :0] for x in (q, k, v))
+    yield "q, k and v have shapes (1, 0, 2, 20), (1, 0, 2, 20) and (1, 0, 2, 20)", (*empty, landmarks)
+    yield "landmarks have shape (1, 1, 9, 20) beside q of (1, 33, 2, 20)", (q, k, v, landmarks[:, 1:])
+    yield "landmarks have shape (1, 2, 0, 20) beside q of (1, 33, 2, 20)", (q, k, v, landmarks[:, :, :0])
+    yield "landmarks have shape (1, 2, 9, 19) beside q of (1, 33, 2, 20)", (q, k, v, landmarks[..., 1:])
+
+
+@pytest.mark.parametrize(("sentence", "arrays"), shapes_that_do_not_fit())
+def test_shapes_that_do_not_fit_are_one_sentence(runtime, sentence, arrays, tmp_path):
+    run = load(runtime, make_model(tmp_path / "node.onnx"))
+    said = refusal(run, *arrays)
+    assert re.search(
+        re.escape(f"lf_dense's LaplacianAttention: {sentence}: they have to be (B, ") + r".*\.", said
+    )
+    # The session lives on.
+    right = make_arrays(33)
+    check(run(*right), right)
+
+
+def test_the_number_of_threads_does_not_change_the_bits(onnxruntime, tmp_path):
+    path, arrays = make_model(tmp_path / "node.onnx"), make_arrays(5000, 64, 49)
+    feed = dict(zip(NAMES, arrays))
+    one, many = (session(path, threads).run(None, feed)[0] for threads in (1, 5))
+    assert (one == many).all()
+
+
+def test_sessions_are_called_from_several_threads(onnxruntime, tmp_path):
+    path = make_model(tmp_path / "node.onnx")
+    inputs = [make_arrays(n, 32, 9) for n in (700, 1300, 33, 2000)]
+    shared, alone = session(path), session(path, 1)
+    expected = [shared.run(None, dict(zip(NAMES, arrays)))[0] for arrays in inputs]
+
+    def run(turn):
+        opened = shared if turn % 3 else alone
+        got = opened.run(None, dict(zip(NAMES, inputs[turn % 4])))[0]
+        return (got == expected[turn % 4]).all()
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(run, range(120)))
+
+
+def test_infer_requests_run_at_the_same_time(openvino, tmp_path):
+    path = str(make_model(tmp_path / "node.onnx"))
+    inputs = [make_arrays(n, 32, 9) for n in (700, 1300, 33, 2000)]
+    hints = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": 2, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = new_core().compile_model(path, "CPU", hints)
+    request = compiled.create_infer_request()
+    expected = [infer(request, arrays) for arrays in inputs]
+    wrong = []
+
+    def done(request, turn):
+        if not (request.get_output_tensor(0).data == expected[turn % 4]).all():
+            wrong.append(turn)
+
+    queue = openvino.AsyncInferQueue(compiled, 4)
+    queue.set_callback(done)
+    for turn in range(120):
+        queue.start_async(dict(zip(NAMES, inputs[turn % 4])), turn)
+    queue.wait_all()
+    assert wrong == []
+
+
+def test_ir_files_are_read_again(openvino, tmp_path):
+    core = new_core()
+    openvino.save_model(core.read_model(str(make_model(tmp_path / "node.onnx"))), tmp_path / "node.xml")
+    arrays = make_arrays(200, 64, 49)
+    check(load("openvino", tmp_path / "node.xml")(*arrays), arrays)
+
+
+def test_the_operator_is_float32_where_openvino_computes_in_halves(openvino, tmp_path):
+    """A product before and one behind the node, which the hint is for."""
+    opset, core = openvino.opset13, new_core()
+    model = core.read_model(str(make_model(tmp_path / "node.onnx")))
+    node = next(op for op in model.get_ops() if op.get_type_name() == "LaplacianAttention")
+    weight = opset.constant(torch.eye(20).numpy())
+    before = opset.matmul(node.input_value(0), weight, False, False)
+    node.input(0).replace_source_output(before.output(0))
+    behind = opset.matmul(node.output(0), weight, False, False)
+    model = openvino.Model([behind.output(0)], model.get_parameters(), "products")
+    arrays = make_arrays(200)
+    exact = reference(arrays, torch.float64)
+    for hint, allowed in (("f32", 1e-5), ("bf16", 2e-2), ("f16", 1e-2)):
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        got = torch.from_numpy(infer(compiled.create_infer_request(), arrays))
+        assert (got - exact).abs().max() <= allowed * exact.abs().max(), hint
+        operations = {
+            op.get_rt_info()["originalLayersNames"].astype(str): op.get_rt_info()
+            for op in compiled.get_runtime_model().get_ops()
+        }
+        (own,) = [info for name, info in operations.items() if "out" in name.split(",")]
+        assert own["runtimePrecision"].astype(str) == "f32", hint
+
+
+def test_shapes_that_are_known_are_checked_when_the_model_is_read(openvino, tmp_path):
+    model = new_core().read_model(str(make_model(tmp_path / "node.onnx")))
+    shapes = {"q": [1, 33, 2, 20], "k": [1, 33, 2, 20], "v": [1, 33, 2, 20], "landmarks": [1, 3, 9, 20]}
+    assert "landmarks have shape (1, 3, 9, 20) beside q of (1, 33, 2, 20)" in refusal(model.reshape, shapes)
+
+
+# Libraries that are not there, or not for this runtime
+
+
+def test_a_runtime_that_we_have_no_operator_for_is_one_sentence():
+    with pytest.raises(UsageError, match=r"^the runtime 'tensorrt' has no operator library: use one of "):
+        operator_library("tensorrt")
+
+
+@pytest.mark.parametrize("runtime_name", RUNTIMES)
+def test_a_library_that_is_missing_is_one_sentence(runtime_name, tmp_path, monkeypatch):
+    monkeypatch.setattr(libraries, "_FOLDER", tmp_path)
+    with pytest.raises(
+        UsageError, match=rf"^lf_dense's operator for {runtime_name} was not built, since .*\.$"
+    ):
+        operator_library(runtime_name)
+
+
+def test_a_library_that_does_not_load_is_one_sentence(runtime, tmp_path, monkeypatch):
+    broken = tmp_path / f"_operators_{runtime}.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(libraries, "_FOLDER", tmp_path)
+    run = session if runtime == "onnxruntime" else lambda path: new_core()
+    with pytest.raises(UsageError, match=rf"^\w+ does not take {broken.name}: .*\.$") as caught:
+        run(tmp_path / "node.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_library_for_another_openvino_is_one_sentence(openvino, tmp_path, monkeypatch):
+    other = operator_library("openvino").read_bytes()
+    other = re.sub(rb"(operators for OpenVINO) [\d.]+", rb"\1 2019.1.0", other)
+    (tmp_path / "_operators_openvino.so").write_bytes(other)
+    monkeypatch.setattr(libraries, "_FOLDER", tmp_path)
+    said = (
+        r"^lf_dense's operator was built for OpenVINO 2019\.1\.0, and this is [\d.]+: install lf_dense again"
+    )
+    with pytest.raises(UsageError, match=said):
+        new_core()
+
+
+def test_an_onnxruntime_that_is_too_old_is_one_sentence(onnxruntime, monkeypatch):
+    """A runtime of our own making: its interface has one function and is of version 16."""
+    create_status = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+    get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
+    get_version = ctypes.CFUNCTYPE(ctypes.c_char_p)
+    said = []
+
+    class Api(ctypes.Structure):
+        _fields_ = (("create_status", create_status),)
+
+    class Base(ctypes.Structure):
+        _fields_ = (("get_api", get_api), ("get_version", get_version))
+
+    def say(code, text):
+        said.append(text.decode())
+        return 1
+
+    api = Api(create_status(say))
+    base = Base(
+        get_api(lambda version: ctypes.addressof(api) if version <= 16 else None),
+        get_version(lambda: b"1.16.3"),
+    )
+    register = ctypes.CDLL(str(operator_library("onnxruntime"))).RegisterCustomOps
+    register.restype, register.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.POINTER(Base)]
+    assert register(None, base) == 1
+    assert said == [
+        "lf_dense's operators need onnxruntime 1.17 or newer, and this is 1.16.3: upgrade onnxruntime."
+    ]
+
+    def refuse(path):
+        raise RuntimeError(f"[ONNXRuntimeError] : 1 : FAIL : {said[0]}")
+
+    with pytest.raises(
+        UsageError, match=r"^onnxruntime does not take .*1\.17 or newer.*upgrade onnxruntime\.$"
+    ):
+        register_onnxruntime(SimpleNamespace(register_custom_ops_library=refuse))
+
+
+def test_the_libraries_need_no_torch(runtime):
+    content = operator_library(runtime).read_bytes()
+    assert b"aoti_torch" not in content
+    assert b"libtorch" not in content
