@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UsageError, one_line
 from ..files import replace_all
@@ -22,7 +22,9 @@ from ..frameworks import framework_of
 from ..training.prediction import build_model, dataset_meta
 from .describing import describe
 from .graphs import FORMS, onnx_graph, torch_graph
+from .metadata import read_metadata
 from .parts import Part, choose_part, reference_outputs
+from .preparing import Pixels, read_image
 from .tracing import traceable
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch_export": ".pt2", "aoti": ".pt2"}
@@ -44,7 +46,7 @@ class Check(NamedTuple):
     error: float
 
 
-def _as_result(name: str, wanted: Tensor, got: npt.NDArray[Any]) -> float:
+def _apart(wanted: Tensor, got: npt.NDArray[Any]) -> float:
     expected = wanted.numpy()
     if got.shape != expected.shape:
         return float("inf")
@@ -56,17 +58,35 @@ def _as_result(name: str, wanted: Tensor, got: npt.NDArray[Any]) -> float:
     return float(np.abs(got.astype(np.float64) - expected).max() / max(np.abs(expected).max(), 1e-30))
 
 
-def check(module: nn.Module, outputs: Sequence[str], run: Runner, images: dict[str, Tensor]) -> list[Check]:
+def _boxes_apart(wanted: Sequence[Tensor], got: Sequence[npt.NDArray[Any]]) -> float:
+    """How far the boxes of two lists are apart, as parts of the largest coordinate.
+
+    Each box is held against the nearest of its class: where two scores are level, their order is rounding's.
+    """
+    rows = []
+    for boxes, scores, labels in (tuple(part.numpy() for part in wanted), got):
+        size = max(float(np.abs(wanted[0].numpy()).max(initial=0)), 1.0)
+        rows.append(np.column_stack([boxes / size, scores, labels]).astype(np.float64))
+    if len(rows[0]) != len(rows[1]):
+        return float("inf")
+    if not len(rows[0]):
+        return 0.0
+    apart = np.abs(rows[0][:, None] - rows[1][None]).max(-1)
+    return float(max(apart.min(0).max(), apart.min(1).max()))
+
+
+def check(part: Part, run: Runner, images: dict[str, Tensor]) -> list[Check]:
     """Run an exported model and its module on the same images.
 
     Labels count as wrong by their share: a thousandth of them is as bad as ``TOLERANCE``.
     """
     checks = []
     for what, image in images.items():
-        wanted = reference_outputs(module, image)
-        got = run(image.numpy())
-        errors = [_as_result(*row) for row in zip(outputs, wanted, got)]
-        worst = max(errors, default=0.0)
+        wanted, got = reference_outputs(part.module, image), run(image.numpy())
+        if part.postprocess["kind"] == "boxes":
+            worst = _boxes_apart(wanted, got)
+        else:
+            worst = max(map(_apart, wanted, got))
         checks.append(Check(what, float("inf") if np.isnan(worst) else worst))
     return checks
 
@@ -114,7 +134,14 @@ def _write_openvino(model: Any, form: str, target: Path) -> None:
 def _write_aoti(program: torch.export.ExportedProgram, target: Path) -> None:
     import torch._inductor
 
-    torch._inductor.aoti_compile_and_package(program, package_path=str(target))
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(target))
+    except Exception as error:  # a compiler of graphs fails in every way there is
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise UsageError(
+            f"AOTInductor cannot compile this graph ({reason}): --size HEIGHT WIDTH exports it for one size "
+            "(--traceback shows more)."
+        ) from error
 
 
 def _runner(path: Path, format_: str) -> Runner:
@@ -180,12 +207,13 @@ def export_model(
         raise UsageError(f"the form {form!r} does not exist: use one of {', '.join(FORMS)}.")
     if out.suffix != FORMATS[format]:
         raise UsageError(f"{out} does not end in {FORMATS[format]}, as a file of the format {format} does.")
+    pixels = _photograph(image) if image else None
     scope = framework_of(config).scope
     model, loaded = build_model(config, checkpoint)
     if checkpoint is None:
         message = "no checkpoint was given: the exported model has random weights."
         print_log(message, logger="current", level=logging.WARNING)
-    meta = dataset_meta(config, loaded, checkpoint or "the config") if part == "model" else {"classes": []}
+    meta = dataset_meta(config, loaded, checkpoint or "a checkpoint") if part == "model" else {"classes": []}
     chosen = choose_part(model.eval(), scope, part, output)
     description = describe(chosen, config, meta, form, size)
     channels = getattr(model.backbone, "in_channels", 3)
@@ -208,9 +236,10 @@ def export_model(
                 _write_aoti(program, target)
         target.with_suffix(".json").write_text(json.dumps(description, indent=1))
         images = _images(channels, size, batch, 0 if format in ("onnx", "openvino") else SMALLEST_OF_TORCH)
-        if image:
-            images[str(image)] = _prepared(image, target)
-        checks = check(chosen.module, chosen.outputs, _runner(target, format), images)
+        if pixels is not None:
+            preparation = read_metadata(target.with_suffix(".json")).preparation
+            images[Path(str(image)).name] = torch.from_numpy(preparation(pixels).batch)
+        checks = check(chosen, _runner(target, format), images)
         for row in checks:
             tell(f"{row.what:<24} relative error {row.error:.1e}")
         worst = max(checks, key=lambda row: row.error)
@@ -224,16 +253,11 @@ def export_model(
     return checks
 
 
-def _prepared(image: str | Path, target: Path) -> Tensor:
-    """A photograph as the exported model's input."""
-    from .metadata import read_metadata
-    from .preparing import read_image
-
+def _photograph(image: str | Path) -> Pixels:
     pixels = read_image(image)
     if pixels is None:
         raise UsageError(f"{image} is no image that can be read: give a photograph to check with.")
-    preparation = read_metadata(target.with_suffix(".json")).preparation
-    return torch.from_numpy(preparation(pixels).batch)
+    return pixels
 
 
 def _existing(folder: Path) -> Path:

@@ -84,6 +84,8 @@ class _OnnxRuntime:
         if not providers:
             chosen.append("CPUExecutionProvider")
         options = onnxruntime.SessionOptions()
+        # Images differ in size, and a plan of memory for each would cost more memory than it saves.
+        options.enable_mem_pattern = False
         # What goes wrong is raised; the log would say it a second time.
         options.log_severity_level = 4
         if threads:

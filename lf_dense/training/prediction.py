@@ -14,12 +14,13 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
 from mmengine.structures import BaseDataElement
 
 from ..errors import UsageError
 from ..files import find_images, write_atomically
 from ..frameworks import datasets_of, framework_of, type_name
+from ..swap.settings import nested
 from ..weights.reading import guard_mmengine, read_checkpoint
 from ..weights.resuming import load_weights
 
@@ -58,10 +59,10 @@ def build_model(config: Config, checkpoint: str | None) -> tuple[Any, dict[str, 
 
 
 def dataset_meta(config: Config, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
-    """Class names and colours, from the checkpoint or else the config.
+    """Class names and colours, from the checkpoint, else the config, else its test set's class.
 
     Raises:
-        UsageError: neither names the classes.
+        UsageError: none of them names the classes.
     """
     meta = {
         key.lower(): value for key, value in (checkpoint.get("meta", {}).get("dataset_meta") or {}).items()
@@ -70,8 +71,15 @@ def dataset_meta(config: Config, checkpoint: dict[str, Any], path: str) -> dict[
         (_, dataset), *_ = datasets_of(config, ("test",))
         meta = dict(dataset.get("metainfo") or {})
     if not meta.get("classes"):
+        with DATASETS.switch_scope_and_registry(framework_of(config).scope) as registry:
+            known = dict(getattr(registry.get(type_name(dataset)), "METAINFO", None) or {})
+        # A data set's own classes are the model's where it has as many.
+        counts = {part.get("num_classes") for part in nested(config.model)}
+        meta = known if len(known.get("classes") or ()) in counts else {}
+    if not meta.get("classes"):
         raise UsageError(
-            f"neither {path} nor the config names the classes: set test_dataloader.dataset.metainfo.classes."
+            f"neither {path} nor the config nor its data set names the classes: set "
+            "test_dataloader.dataset.metainfo.classes."
         )
     return meta
 

@@ -356,7 +356,8 @@ def test_openvino_runs_in_float32_unless_told_otherwise(detector, openvino):
     path = to_openvino(openvino, detector)
 
     def precision(**options):
-        return Runtime(path, **options)._engine.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        compiled = Runtime(path, **options)._engine.request.get_compiled_model()
+        return compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
 
     assert precision() == "f32"
     assert precision(precision="bf16") == "bf16"

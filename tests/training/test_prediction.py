@@ -15,7 +15,8 @@ from mmengine.structures import InstanceData, PixelData
 
 from lf_dense.errors import UsageError
 from lf_dense.frameworks import load_config
-from lf_dense.training.prediction import Predictor, find_images, predict_images
+from lf_dense.training.prediction import Predictor, dataset_meta, find_images, predict_images
+from support import ROOT
 
 DEMO = "configs/retinanet_lf_demo.py"
 
@@ -122,3 +123,10 @@ def test_classes_have_to_be_known_from_somewhere(tmp_path):
     torch.save({"state_dict": MODELS.build(config.model).state_dict()}, tmp_path / "x.pth")
     with pytest.raises(UsageError, match="names the classes: set test_dataloader"):
         Predictor(config, str(tmp_path / "x.pth"), "cpu")
+
+
+def test_classes_that_only_the_data_set_knows():
+    pytest.importorskip("mmseg")
+    config = load_config(str(ROOT / "configs" / "segmentation" / "fpn_lf-tiny_80k_ade20k-512x512.py"))
+    meta = dataset_meta(config, {}, "a checkpoint")
+    assert len(meta["classes"]) == len(meta["palette"]) == 150
