@@ -243,7 +243,7 @@ def test_classification_by_the_same_tools(shapes, tmp_path):
         ("train.py", ["configs/no_such.py"], "'configs/no_such.py' is not there"),
         ("train.py", ["mmdet::no/such.py"], "cannot be read"),
         ("train.py", ["mmwrong::no/such.py"], "none of lf_dense, mmdet, mmseg, mmpretrain"),
-        ("train.py", ["mmdet::_base_/models/retinanet_r50_fpn.py"], "default_scope is None"),
+        ("train.py", ["mmdet::_base_/models/retinanet_r50_fpn.py"], "has no train_dataloader"),
         ("test.py", [RETINANET, "no_such.pth"], "no_such.pth is not there"),
         ("predict.py", [RETINANET, "no.pth", "no_such_folder", "--out", "x"], "no_such_folder is not there"),
         ("predict.py", [RETINANET, "no.pth", "configs", "--out", "x"], "holds no image"),
