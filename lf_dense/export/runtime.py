@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,6 +113,18 @@ class _OnnxRuntime:
         return self.session.run(self.names, {self.input_name: batch})
 
 
+@functools.cache
+def _openvino_core() -> Any:
+    """One for the process, which stays.
+
+    Each has its CPU plugin give the thread a stack for signals, and takes the memory back when it goes: with
+    several, a later signal is handled on memory that is someone else's by then.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class _OpenVino:
     def __init__(
         self, path: Path, metadata: Metadata, device: str, threads: int | None, precision: str
@@ -121,7 +134,7 @@ class _OpenVino:
         except ImportError:
             raise _not_installed("openvino", path, "runtime-openvino") from None
         _check_version("openvino", openvino.__version__, MIN_OPENVINO, "runtime-openvino")
-        core = openvino.Core()
+        core = _openvino_core()
         there = core.available_devices
         if device.upper().split(".")[0] not in {name.split(".")[0] for name in there}:
             raise UsageError(f"this openvino has no device {device!r}: use one of {', '.join(there)}.")

@@ -23,6 +23,7 @@ RUNTIMES = ("onnxruntime", "openvino")
 NAMES = ("q", "k", "v", "landmarks")
 TYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}
 MANY = 321 * 259
+KEPT = []
 
 
 @pytest.fixture(params=RUNTIMES)
@@ -111,6 +112,8 @@ def new_core():
     import openvino
 
     core = openvino.Core()
+    # A core that goes takes back the memory on which its thread handles signals (runtime._openvino_core).
+    KEPT.append(core)
     register_openvino(core)
     return core
 
