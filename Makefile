@@ -5,7 +5,7 @@ VENV ?= .venv
 UPSTREAM := .venv-upstream
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup setup-upstream demo test test-upstream lint coverage wheel sanitize gpu-check
+.PHONY: help setup setup-upstream demo test test-upstream lint coverage site wheel sanitize gpu-check
 
 help:
 	@echo "make setup      the pinned environment in $(VENV) (2 to 5 minutes on 2 cores: it compiles mmcv)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-upstream  a short form of the tests on OpenMMLab's last releases, in $(UPSTREAM)"
 	@echo "make lint       ruff, mypy and clang-format"
 	@echo "make coverage   the tests, and which lines of lf_dense they ran: htmlcov/index.html"
+	@echo "make site       the documentation as web pages, notebooks executed: build/site/index.html"
 	@echo "make wheel      a wheel with the operators compiled, in dist/"
 	@echo "make sanitize   the operators' tests, compiled with AddressSanitizer and UBSan (about 10 minutes)"
 	@echo "make gpu-check  build, test, check and measure the operators on this machine's GPU (10 minutes; needs"
@@ -41,11 +42,17 @@ lint: setup
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
-	@$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'ops/*' 'tests/*.h' 'tests/*.cpp')
+	@$(VENV)/bin/clang-format --dry-run --Werror \
+	    $$(git ls-files 'ops/*' 'tests/*.h' 'tests/*.cpp' 'examples/*.cpp')
 
 # Tools run in processes of their own: pytest-cov's hook measures those as well.
 coverage: setup
 	@$(RUN) -m pytest --cov --cov-report=term --cov-report=html
+
+# Pages that did not change are kept, with what their notebooks printed. One thread serves small models best.
+site: setup
+	@OMP_NUM_THREADS=1 $(RUN) -m sphinx -q -T -W --keep-going docs build/site
+	@echo "wrote build/site/index.html"
 
 # What an earlier build left in build/ must not end up in the wheel.
 wheel: setup

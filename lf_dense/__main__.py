@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "inspect_checkpoint",
     "publish": "publish",
     "curves": "plot_curves",
+    "attention": "visualize_attention",
     "benchmark": "benchmark",
     "export": "export",
     "flops": "get_flops",

@@ -44,6 +44,14 @@ def main() -> None:
         help="take this size alone (default: any height, width and batch)",
     )
     parser.add_argument("--image", help="a photograph to check with, besides made-up images")
+    parser.add_argument(
+        "--int8",
+        metavar="IMAGES",
+        help=(
+            "layers in int8, calibrated with images of this folder, of the kind that the model is for; the "
+            "attention stays in float"
+        ),
+    )
     add_backbone_options(parser)
     add_config_options(parser)
     args = parser.parse_args()
@@ -58,6 +66,7 @@ def main() -> None:
             args.output,
             tuple(args.size) if args.size else None,
             args.image,
+            args.int8,
         )
     print(f"wrote {args.out} and its description beside it")
 

@@ -1,13 +1,28 @@
-"""Predict an image or a folder of images: drawn pictures and one JSON file."""
+"""Predict images, a video or a camera: drawn pictures and the predictions as JSON."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mmengine.device import get_device
 
-from lf_dense.errors import run_tool, tool_parser
+from lf_dense.errors import UsageError, run_tool, tool_parser
+from lf_dense.files import find_images
 from lf_dense.training.cli import add_backbone_options, add_config_options, read_config
 from lf_dense.training.explaining import explained
-from lf_dense.training.prediction import Predictor, find_images, predict_images
+from lf_dense.training.prediction import Predictor, predict_images
+from lf_dense.training.quietness import quiet
+from lf_dense.training.video import PICTURES, RECORDS, Video, is_video, predict_video
+
+
+def parse_point(text: str) -> tuple[float, float]:
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--show-attention {text} is no point: give X,Y in pixels of the image, like 120,80."
+        ) from None
+    return x, y
 
 
 def main() -> None:
@@ -15,24 +30,51 @@ def main() -> None:
     parser.add_argument("config", help="path or packaged name of the config")
     parser.add_argument("checkpoint", help="checkpoint with the weights")
     parser.add_argument(
-        "source", metavar="IMAGE_OR_FOLDER", help="an image, or a folder that is searched for images"
+        "source",
+        metavar="SOURCE",
+        help="an image, a folder that is searched for images, a video, camera:0, or a stream's address",
     )
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder for pictures and predictions.json"
-    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--score-thr", type=float, default=0.3, help="drop detections below this score (default: %(default)s)"
     )
+    parser.add_argument(
+        "--show-attention",
+        action="append",
+        default=[],
+        metavar="X,Y",
+        help="also draw what the backbone attends to at this pixel, into DIR/attention (may be repeated)",
+    )
     parser.add_argument("--device", default=get_device(), help="torch device (default here: %(default)s)")
+    parser.add_argument("--verbose", action="store_true", help="show the messages of the frameworks too")
     add_backbone_options(parser)
     add_config_options(parser)
     args = parser.parse_args()
-    find_images(args.source)
-    with explained():
-        predictor = Predictor(read_config(args), args.checkpoint, args.device)
-    print(
-        f"wrote {predict_images(predictor, args.source, args.out, args.score_thr)} and the pictures beside it"
-    )
+    points = [parse_point(text) for text in args.show_attention]
+    out = Path(args.out)
+    with quiet(args.verbose):
+        if is_video(args.source) and points:
+            raise UsageError("--show-attention is for images: save the frame that you want as an image.")
+        video = Video(args.source) if is_video(args.source) else None
+        if video is None:
+            find_images(args.source)
+        with explained():
+            predictor = Predictor(read_config(args), args.checkpoint, args.device)
+        if video is not None:
+            frames = predict_video(predictor, video, out, args.score_thr)
+            written = f"predicted {frames} frames: {out / RECORDS}, drawn in {out / PICTURES}"
+        elif points:
+            from lf_dense.explain import explain_image
+
+            def explain(image: Path, name: Path) -> None:
+                explain_image(predictor, image, points, out / "attention" / name.parent)
+
+            result = predict_images(predictor, args.source, out, args.score_thr, explain)
+            written = f"wrote {result}, the pictures beside it and {out / 'attention'}"
+        else:
+            result = predict_images(predictor, args.source, out, args.score_thr)
+            written = f"wrote {result} and the pictures beside it"
+    print(written)
 
 
 if __name__ == "__main__":

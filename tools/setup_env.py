@@ -112,6 +112,7 @@ def plan(torch_has_cuda: bool | None, stack: str = "forks") -> list[Step]:
             "import timm, efficientnet_lite_pytorch",
         ),
         Step("export formats and their runtimes", pip("-r", requirements("export")), EXPORT_PROOF),
+        Step("the documentation site", pip("-r", requirements("docs")), "import sphinx, furo, myst_nb"),
         Step(
             "lf_dense itself, editable, compiling its operators (a minute; with CUDA some more)",
             pip("--no-deps", "--no-build-isolation", "-e", str(ROOT)),

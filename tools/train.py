@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument(
         "--auto-scale-lr", action="store_true", help="scale the learning rate with the global batch size"
     )
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="also log for TensorBoard (tensorboard --logdir WORK_DIR)"
+    )
     add_backbone_options(parser)
     add_config_options(parser)
     add_launcher(parser)
@@ -48,6 +51,7 @@ def main() -> None:
         auto_scale_lr=args.auto_scale_lr,
         launcher=args.launcher,
         trust=args.trust_checkpoint,
+        tensorboard=args.tensorboard,
     )
     with explained():
         runner.train()

@@ -103,6 +103,7 @@ def describe(
         "lf_dense": VERSION,
         "task": part.task,
         "attention": form,
+        "precision": "float32",
         "classes": list(meta["classes"]),
         "palette": _palette(meta),
         "preprocess": {**pipeline, **_preprocess(config)},

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def read_scalars(work_dir: str | Path) -> list[dict[str, Any]]:
+def read_scalars(work_dir: str | Path, run: str | None = None) -> list[dict[str, Any]]:
     """Every logged record of every run in a work dir, oldest first.
 
     A line that an interruption cut off ends its file.
+
+    Args:
+        work_dir: of a training.
+        run: the folder of the one run that counts; None for all.
 
     Raises:
         UsageError: nothing has been logged there.
     """
     records = []
-    for path in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
+    for path in sorted(Path(work_dir).glob(f"{run or '*'}/vis_data/scalars.json")):
         for line in path.read_text().splitlines():
             try:
                 records.append(json.loads(line))
@@ -35,10 +41,17 @@ def read_scalars(work_dir: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_curves(work_dir: str | Path, metric: str = "") -> tuple[dict[int, float], dict[int, float]]:
+def read_curves(
+    work_dir: str | Path, metric: str = "", run: str | None = None
+) -> tuple[dict[int, float], dict[int, float]]:
     """The training loss, and a validation metric, by iteration.
 
     What a resumed run did again replaces what it had logged before the interruption.
+
+    Args:
+        work_dir: of a training.
+        metric: as the log names it.
+        run: the folder of the one run that counts; None for all.
 
     Raises:
         UsageError: no training has been logged there.
@@ -46,7 +59,7 @@ def read_curves(work_dir: str | Path, metric: str = "") -> tuple[dict[int, float
     losses: dict[int, float] = {}
     scores: dict[int, float] = {}
     iteration = 0
-    for record in read_scalars(work_dir):
+    for record in read_scalars(work_dir, run):
         if "loss" in record:
             iteration = record["iter"]
             losses[iteration] = record["loss"]
@@ -60,10 +73,11 @@ def read_curves(work_dir: str | Path, metric: str = "") -> tuple[dict[int, float
 
 
 def save_figure(figure: Figure, out: str | Path) -> Path:
-    """Write a picture, and the folder for it."""
+    """Write a picture whole or not at all, and the folder for it."""
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format=out.suffix.lstrip(".") or "png")
+    write_atomically(out, content.getvalue())
     return out
 
 
@@ -100,15 +114,21 @@ def compare_losses(groups: Mapping[str, Sequence[str | Path]], out: str | Path) 
     return save_figure(figure, out)
 
 
-def plot_curves(work_dir: str | Path, out: str | Path, metric: str) -> Path:
+def plot_curves(work_dir: str | Path, out: str | Path, metric: str, run: str | None = None) -> Path:
     """Draw the training loss over iterations, and one validation metric where it was measured.
+
+    Args:
+        work_dir: of a training.
+        out: picture to write.
+        metric: as the log names it.
+        run: the folder of the one run that counts; None for all.
 
     Raises:
         UsageError: nothing has been logged there.
     """
     from matplotlib.figure import Figure
 
-    losses, scores = read_curves(work_dir, metric)
+    losses, scores = read_curves(work_dir, metric, run)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*losses.items()), color="tab:blue", label="training loss")
@@ -118,7 +138,8 @@ def plot_curves(work_dir: str | Path, out: str | Path, metric: str) -> Path:
     if scores:
         right = axes.twinx()
         right.plot(*zip(*scores.items()), color="tab:orange", marker="o", label=metric)
-        right.set(ylabel=metric, ylim=(0, 1))
+        # mmdet's metrics are shares, and those of mmseg and mmpretrain per cent.
+        right.set(ylabel=metric, ylim=(0, 1 if max(scores.values()) <= 1 else 100))
         more_handles, more_labels = right.get_legend_handles_labels()
         handles, labels = handles + more_handles, labels + more_labels
     axes.legend(handles, labels, loc="center right")

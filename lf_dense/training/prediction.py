@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import mmengine
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -23,6 +22,8 @@ from ..frameworks import datasets_of, framework_of, type_name
 from ..swap.settings import nested
 from ..weights.reading import guard_mmengine, read_checkpoint
 from ..weights.resuming import load_weights
+from .boxes import clip_boxes, drawable
+from .quietness import end_bar, progress_bar
 
 
 def _image_pipeline(config: Config) -> Compose:
@@ -110,32 +111,63 @@ class Predictor:
         self.visualizer = VISUALIZERS.build(visualizer)
         self.visualizer.dataset_meta = {"palette": None, **self.meta}
 
+    def _loaded(self, pixels: np.ndarray) -> dict[str, Any]:
+        """What the pipeline's first step, which reads files, would make of ``(H, W, 3)`` uint8 BGR pixels."""
+        loader = self.pipeline.transforms[0]
+        if getattr(loader, "color_type", "color") == "grayscale":
+            pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY)
+        if getattr(loader, "to_float32", False):
+            pixels = pixels.astype(np.float32)
+        shape = pixels.shape[:2]
+        return {"img": pixels, "img_path": "", "img_id": 0, "img_shape": shape, "ori_shape": shape}
+
     @torch.no_grad()
-    def predict(self, image: Path) -> BaseDataElement:
-        """The framework's own data sample for one image file, at the image's own size."""
-        data = self.pipeline({"img_path": str(image), "img_id": 0})
-        return self.model.test_step(pseudo_collate([data]))[0].cpu()
+    def predict(self, image: Path | np.ndarray) -> BaseDataElement:
+        """The framework's own data sample for one image, at the image's own size.
+
+        Args:
+            image: a file, or ``(H, W, 3)`` uint8 BGR pixels.
+        """
+        if isinstance(image, np.ndarray):
+            data = self._loaded(image)
+            for step in self.pipeline.transforms[1:]:
+                data = step(data)
+        else:
+            data = self.pipeline({"img_path": str(image), "img_id": 0})
+        sample = self.model.test_step(pseudo_collate([data]))[0].cpu()
+        if self.scope == "mmdet":
+            clip_boxes(sample)
+        return sample
+
+    def picture(self, name: str, pixels: np.ndarray, sample: BaseDataElement, score_thr: float) -> np.ndarray:
+        """A prediction over its image, both ``(H, W, 3)`` uint8 RGB; detections above the threshold alone."""
+        drawn: list[np.ndarray] = []
+        # Without a file to write, a visualizer hands its picture to the backends that store it.
+        self.visualizer.add_image = lambda name, image, step=0: drawn.append(image)
+        if self.scope == "mmpretrain":
+            self.visualizer.visualize_cls(pixels, sample, classes=list(self.meta["classes"]), draw_gt=False)
+        elif self.scope == "mmdet":
+            shown = drawable(sample, getattr(self.visualizer, "line_width", 0))
+            self.visualizer.add_datasample(name, pixels, shown, draw_gt=False, pred_score_thr=score_thr)
+        else:
+            self.visualizer.add_datasample(name, pixels, sample, draw_gt=False)
+        return drawn[0]
 
     def draw(
         self, name: str, pixels: np.ndarray, sample: BaseDataElement, out: Path, score_thr: float
     ) -> None:
         """Draw a prediction over its image ``(H, W, 3)`` uint8 RGB and write the picture."""
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if self.scope == "mmpretrain":
-            self.visualizer.visualize_cls(
-                pixels, sample, classes=list(self.meta["classes"]), draw_gt=False, out_file=str(out)
-            )
-            return
-        options = {"pred_score_thr": score_thr} if self.scope == "mmdet" else {}
-        self.visualizer.add_datasample(name, pixels, sample, draw_gt=False, out_file=str(out), **options)
+        import mmcv
+
+        mmcv.imwrite(mmcv.rgb2bgr(self.picture(name, pixels, sample, score_thr)), str(out))
 
     def record(self, sample: BaseDataElement, score_thr: float) -> dict[str, Any]:
         """A prediction as plain JSON values.
 
-        Detection: ``predictions`` of ``bbox`` (x1, y1, x2, y2 in pixels, to the hundredth), ``score``,
-            ``class``, and ``mask`` (COCO run
-        lengths) where the model makes masks. Segmentation: ``classes``, each class's share of the pixels.
-        Classification: ``predictions``, the five best classes with their scores.
+        - Detection: ``predictions`` of ``bbox`` (x1, y1, x2, y2 in pixels, to the hundredth), ``score``,
+          ``class``, and ``mask`` (COCO run lengths) where the model makes masks.
+        - Segmentation: ``classes``, each class's share of the pixels.
+        - Classification: ``predictions``, the five best classes with their scores.
         """
         classes = self.meta["classes"]
         if self.scope == "mmdet":
@@ -171,7 +203,13 @@ class Predictor:
             yield found
 
 
-def predict_images(predictor: Predictor, source: str | Path, out: str | Path, score_thr: float = 0.3) -> Path:
+def predict_images(
+    predictor: Predictor,
+    source: str | Path,
+    out: str | Path,
+    score_thr: float = 0.3,
+    also: Callable[[Path, Path], object] | None = None,
+) -> Path:
     """Predict an image or a folder.
 
     Pictures go to ``out/pictures``, label maps to ``out/labels``, results to ``out/predictions.json``.
@@ -181,13 +219,14 @@ def predict_images(predictor: Predictor, source: str | Path, out: str | Path, sc
         source: image file or folder (searched below, order by name).
         out: folder for the results.
         score_thr: detections below it are neither drawn nor listed.
+        also: what else to do for each image that can be read; gets its path, and that relative to the source.
 
     Returns:
         The JSON file: ``{"classes": [...], "images": {path relative to source: {"height", "width", ...}}}``.
 
     Raises:
-        UsageError: no image, or some could not be read; the readable ones have been predicted and written by
-            then.
+        UsageError: no image, some could not be read, or ``also`` raised this; the readable ones have been
+            predicted and written by then.
     """
     import mmcv
     from PIL import Image
@@ -198,10 +237,8 @@ def predict_images(predictor: Predictor, source: str | Path, out: str | Path, sc
     root = Path(source) if Path(source).is_dir() else Path(source).parent
     records: dict[str, Any] = {}
     unreadable: list[str] = []
-    # A bar of many lines is no bar: one line of it in a terminal, and none in a log.
-    bar = mmengine.ProgressBar(len(images), start=False) if len(images) > 1 and os.isatty(1) else None
-    if bar:
-        bar.start()
+    refused: list[UsageError] = []
+    bar = progress_bar(len(images)) if len(images) > 1 else None
     for image in images:
         name = image.relative_to(root)
         # In its own order an undecodable file is None; converting to RGB on the way would be an error of
@@ -225,10 +262,14 @@ def predict_images(predictor: Predictor, source: str | Path, out: str | Path, sc
                 labels = out / "labels" / f"{name}.png"
                 labels.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(sample.pred_sem_seg.data.numpy()[0].astype(np.uint8)).save(labels)
+            if also:
+                try:
+                    also(image, name)
+                except UsageError as error:
+                    refused.append(error)
         if bar:
             bar.update()
-    if bar:
-        print()
+    end_bar(bar)
     result = out / "predictions.json"
     write_atomically(
         result, json.dumps({"classes": list(predictor.meta["classes"]), "images": records}, indent=1).encode()
@@ -238,4 +279,6 @@ def predict_images(predictor: Predictor, source: str | Path, out: str | Path, sc
             f"{len(unreadable)} of {len(images)} files could not be read as images: "
             f"{', '.join(unreadable[:5])}."
         )
+    if refused:
+        raise refused[0]
     return result

@@ -17,6 +17,7 @@ from ..weights.reading import guard_mmengine, read_checkpoint, trust_checkpoint
 from ..weights.resuming import CheckpointCheckHook, check_resumable, latest_good_checkpoint
 from ..weights.saving import remove_leftovers, write_checkpoints_atomically
 from .explaining import explained
+from .following import CurvesHook, add_tensorboard
 from .labels import LabelCheckHook, check_coco_classes
 from .launching import has_accelerator, set_launcher
 
@@ -184,6 +185,7 @@ def build_training_runner(
     auto_scale_lr: bool = False,
     launcher: str = "none",
     trust: bool = False,
+    tensorboard: bool = False,
 ) -> Runner:
     """Check all that can be checked without a model, then build the runner; the caller calls ``train()``.
 
@@ -195,6 +197,7 @@ def build_training_runner(
         auto_scale_lr: scale the learning rate with the global batch size.
         launcher: mmengine's launcher.
         trust: run the code in the checkpoint that is resumed or loaded.
+        tensorboard: also log for TensorBoard.
 
     Raises:
         UsageError: framework, data, checkpoint or options cannot work.
@@ -207,6 +210,8 @@ def build_training_runner(
         enable_amp(config)
     if auto_scale_lr:
         enable_auto_scale_lr(config)
+    if tensorboard:
+        add_tensorboard(config)
     splits = ("train", "val") if config.get("val_cfg") else ("train",)
     check_data(config, splits)
     check_coco_classes(config, splits)
@@ -217,6 +222,7 @@ def build_training_runner(
     write_checkpoints_atomically()
     runner = build_runner(config)
     runner.register_hook(LabelCheckHook(framework_of(config).scope))
+    runner.register_hook(CurvesHook())
     return runner
 
 

@@ -30,7 +30,7 @@ FLOORS = (
     ("swap",),
     ("training",),
     ("export",),
-    ("benchmark", "ablation"),
+    ("benchmark", "ablation", "explain"),
     ("distillation", "info", "__main__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

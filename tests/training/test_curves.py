@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lf_dense.errors import UsageError
+from lf_dense.training import curves
 from lf_dense.training.curves import compare_losses, plot_curves, read_curves, read_scalars
 
 pytest.importorskip("matplotlib")
@@ -60,6 +61,36 @@ def test_the_picture_has_a_line_for_each_curve(tmp_path):
     assert not has_colour(alone, ORANGE)
     write_log(tmp_path, "run2", {"mAP": 0.5})
     assert has_colour(plot_curves(tmp_path, tmp_path / "both.png", "mAP"), ORANGE)
+
+
+def test_one_run_alone_is_read(tmp_path):
+    write_log(tmp_path, "run1", *losses((1, 9.0), (2, 8.0)))
+    write_log(tmp_path, "run2", *losses((1, 3.0)))
+    assert read_curves(tmp_path, run="run2")[0] == {1: 3.0}
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(tmp_path, monkeypatch):
+    write_log(tmp_path, "run", *losses((1, 2.0), (2, 1.0)))
+    out = plot_curves(tmp_path, tmp_path / "curves.png", "mAP")
+    before = out.read_bytes()
+
+    def tear(figure, stream, **options):
+        stream.write(b"half a picture")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", tear)
+    with pytest.raises(OSError, match="no space"):
+        plot_curves(tmp_path, out, "mAP")
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(("score", "highest"), [(0.4, 1), (40.0, 100)])
+def test_metrics_are_shares_or_per_cent(score, highest, tmp_path, monkeypatch):
+    write_log(tmp_path, "run", *losses((1, 2.0)), {"mIoU": score})
+    figures = []
+    monkeypatch.setattr(curves, "save_figure", lambda figure, out: figures.append(figure))
+    plot_curves(tmp_path, tmp_path / "curves.png", "mIoU")
+    assert figures[0].axes[1].get_ylim() == (0, highest)
 
 
 def test_groups_of_runs_are_compared(tmp_path):

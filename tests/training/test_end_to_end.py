@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.driving import COCO_OPTIONS, ROOT, call, command, environment, kill_after, refusal
+from support.driving import COCO_OPTIONS, ROOT, call, command, environment, kill_after, refusal, refused
 
 pytest.importorskip("mmengine")
 
@@ -131,6 +131,119 @@ def test_demo_in_short_form(tmp_path):
     assert len(json.loads((tmp_path / "predictions/predictions.json").read_text())["images"]) == 80
 
 
+def clip_of(images: Path, out: Path) -> Path:
+    """A video of three frames, 96 x 96."""
+    import cv2
+
+    writer = cv2.VideoWriter(str(out), cv2.VideoWriter.fourcc(*"mp4v"), 10, (96, 96))
+    for image in sorted(images.iterdir())[:3]:
+        writer.write(cv2.imread(str(image)))
+    writer.release()
+    return out
+
+
+def frames_of(out: Path) -> list[dict]:
+    """The records of a predicted video, after a look at its drawn frames."""
+    import cv2
+
+    records = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    capture = cv2.VideoCapture(str(out / "pictures.mkv"))
+    for _ in records:
+        there, picture = capture.read()
+        assert there
+        assert picture.shape == (96, 96, 3)
+    assert not capture.read()[0]
+    return records
+
+
+@pytest.fixture(scope="module")
+def demo_checkpoint(tmp_path_factory) -> Path:
+    """The demo's detector with random weights that find something everywhere."""
+    pytest.importorskip("mmdet")
+    import torch
+
+    from lf_dense.frameworks import load_config
+    from lf_dense.swap.samples import build_model
+
+    model = build_model(load_config(str(ROOT / "configs" / "retinanet_lf_demo.py")))
+    model.init_weights()
+    for parameter in (model.bbox_head.retina_cls.weight, model.bbox_head.retina_reg.weight):
+        torch.nn.init.normal_(parameter, std=0.05)
+    torch.nn.init.constant_(model.bbox_head.retina_cls.bias, -2.0)
+    path = tmp_path_factory.mktemp("checkpoint") / "demo.pth"
+    torch.save({"state_dict": model.state_dict(), "meta": {}}, path)
+    return path
+
+
+def test_prediction_says_where_things_are_and_nothing_else(demo_checkpoint, shapes, tmp_path):
+    """Without the ``-W ignore`` of other tests."""
+    tool = [sys.executable, str(ROOT / "tools" / "predict.py"), "configs/retinanet_lf_demo.py"]
+    arguments = [demo_checkpoint, shapes / "val", "--out", tmp_path, "--device", "cpu", "--score-thr", 0.1]
+    done = subprocess.run(
+        [*tool, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == f"wrote {tmp_path / 'predictions.json'} and the pictures beside it\n"
+    assert done.stderr == ""
+    records = json.loads((tmp_path / "predictions.json").read_text())["images"].values()
+    assert all(len(record["predictions"]) > 5 for record in records)
+
+
+def test_a_video_is_predicted_and_a_bad_one_refused(demo_checkpoint, shapes, tmp_path):
+    clip = clip_of(shapes / "val", tmp_path / "clip.mp4")
+    demo = ("predict.py", "configs/retinanet_lf_demo.py", demo_checkpoint)
+    printed = call(*demo, clip, "--out", tmp_path / "out", "--device", "cpu", "--score-thr", 0.1)
+    (line,) = printed.splitlines()
+    assert line.startswith("predicted 3 frames: ")
+    assert all(record["predictions"] for record in frames_of(tmp_path / "out"))
+    clip.write_bytes(b"no video")
+    assert "cannot be decoded as a video" in refusal(*demo, clip, "--out", tmp_path / "out")
+
+
+def test_attention_is_drawn_beside_predictions(demo_checkpoint, shapes, tmp_path):
+    pytest.importorskip("lf_dense.explain")
+    image = sorted((shapes / "val").iterdir())[0]
+    demo = ("predict.py", "configs/retinanet_lf_demo.py", demo_checkpoint)
+    points = ("--show-attention", "30,40", "--show-attention", "5.5,5")
+    call(*demo, image, "--out", tmp_path, "--device", "cpu", *points)
+    assert len(list((tmp_path / "attention").glob("*.png"))) == 2
+    assert (tmp_path / "predictions.json").is_file()
+    assert (tmp_path / "pictures" / f"{image.name}.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("source", "point", "reason"),
+    [
+        ("x.png", "30;40", "--show-attention 30;40 is no point: give X,Y"),
+        ("x.png", "1,2,3", "--show-attention 1,2,3 is no point: give X,Y"),
+        ("camera:0", "3,4", "--show-attention is for images"),
+    ],
+)
+def test_points_that_have_no_attention(source, point, reason, monkeypatch, capsys):
+    pytest.importorskip("mmdet")
+    arguments = ("configs/retinanet_lf_demo.py", "x.pth", source, "--out", "x", "--show-attention", point)
+    assert reason in refused(monkeypatch, capsys, "predict.py", *arguments)
+
+
+def test_tensorboard_gets_the_losses(shapes, tmp_path):
+    pytest.importorskip("mmdet")
+    pytest.importorskip("tensorboard")
+    options = (f"data_root={shapes}", "train_cfg.max_epochs=1", "default_hooks.logger.interval=1")
+    demo = ("train.py", "configs/retinanet_lf_demo.py", "--work-dir", tmp_path)
+    call(*demo, "--tensorboard", "--cfg-options", *options)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    log = EventAccumulator(str(events))
+    log.Reload()
+    assert len(log.Scalars("loss")) == 3
+
+
 SEGMENTATION = """
 _base_ = ["mmseg::_base_/models/fpn_r50.py", "mmseg::_base_/default_runtime.py"]
 custom_imports = dict(imports=["lf_dense"])
@@ -164,7 +277,10 @@ optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-4))
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=3, val_interval=3)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
-default_hooks = dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=3))
+default_hooks = dict(
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=3),
+    logger=dict(type="LoggerHook", interval=1, log_metric_by_epoch=False),
+)
 """
 
 CLASSIFICATION = """
@@ -192,6 +308,15 @@ test_cfg = dict()
 """
 
 
+def says_where_things_are(printed: str, work_dir: Path, checkpoint: Path) -> bool:
+    """Whether a training says at its start and end where its files are, and they are there."""
+    (start,) = re.findall(r"log: (\S+); checkpoints: (\S+); curves.*: (\S+)", printed)
+    (end,) = re.findall(r"last checkpoint: (\S+); curves: (\S+); log: (\S+)", printed)
+    assert start == (end[2], str(work_dir), end[1])
+    assert end[0] == str(checkpoint)
+    return all(Path(path).exists() for path in (*start, *end)) and "was not drawn" not in printed
+
+
 def test_segmentation_by_the_same_tools(shapes, tmp_path):
     pytest.importorskip("mmseg")
     config = tmp_path / "semantic_fpn.py"
@@ -199,6 +324,7 @@ def test_segmentation_by_the_same_tools(shapes, tmp_path):
     trained = call("train.py", config, "--work-dir", tmp_path / "run")
     assert re.search(r"mIoU: [\d.]+", trained)
     checkpoint = tmp_path / "run" / "iter_3.pth"
+    assert says_where_things_are(trained, tmp_path / "run", checkpoint)
     outputs = ("--work-dir", tmp_path / "test", "--show-dir", tmp_path / "drawn")
     tested = call("test.py", config, checkpoint, *outputs)
     assert re.search(r"mIoU: [\d.]+", tested)
@@ -211,6 +337,10 @@ def test_segmentation_by_the_same_tools(shapes, tmp_path):
         assert sum(record["classes"].values()) == pytest.approx(1)
         assert (out / "labels" / f"{name}.png").is_file()
         assert (out / "pictures" / f"{name}.png").is_file()
+    clip = clip_of(shapes / "val", tmp_path / "clip.mp4")
+    call("predict.py", config, checkpoint, clip, "--out", tmp_path / "video", "--device", "cpu")
+    for record in frames_of(tmp_path / "video"):
+        assert sum(record["classes"].values()) == pytest.approx(1)
 
 
 def test_classification_by_the_same_tools(shapes, tmp_path):
@@ -225,6 +355,7 @@ def test_classification_by_the_same_tools(shapes, tmp_path):
     trained = call("train.py", config, "--work-dir", tmp_path / "run")
     assert "accuracy/top1" in trained
     checkpoint = tmp_path / "run" / "epoch_1.pth"
+    assert says_where_things_are(trained, tmp_path / "run", checkpoint)
     outputs = ("--work-dir", tmp_path / "test", "--show-dir", tmp_path / "drawn")
     assert "accuracy/top1" in call("test.py", config, checkpoint, *outputs)
     assert len(list((tmp_path / "drawn").rglob("*.png"))) == 12
@@ -234,6 +365,9 @@ def test_classification_by_the_same_tools(shapes, tmp_path):
     (record,) = json.loads((out / "predictions.json").read_text())["images"].values()
     assert sum(found["score"] for found in record["predictions"]) == pytest.approx(1, abs=1e-5)
     assert (out / "pictures" / f"{image.name}.png").is_file()
+    clip = clip_of(shapes / "val", tmp_path / "clip.mp4")
+    call("predict.py", config, checkpoint, clip, "--out", tmp_path / "video", "--device", "cpu")
+    assert all(len(frame["predictions"]) == 2 for frame in frames_of(tmp_path / "video"))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,42 @@ def test_pictures_and_records_have_the_images_names(predictor, tmp_path):
     # The pictures lie below the source, and are no input of a second call.
     again = json.loads(predict_images(predictor, tmp_path / "in", tmp_path / "in" / "out").read_text())
     assert set(again["images"]) == set(images)
+
+
+def test_pixels_are_predicted_as_their_file_is(predictor, tmp_path):
+    save_image(tmp_path / "a.png")
+    pixels = cv2.imread(str(tmp_path / "a.png"))
+    of_file, of_pixels = predictor.predict(tmp_path / "a.png"), predictor.predict(pixels)
+    assert len(of_file.pred_instances) > 0
+    assert torch.equal(of_pixels.pred_instances.bboxes, of_file.pred_instances.bboxes)
+    assert torch.equal(of_pixels.pred_instances.scores, of_file.pred_instances.scores)
+    assert of_pixels.ori_shape == of_file.ori_shape == (70, 50)
+
+
+def test_boxes_lie_within_the_image_and_are_drawn_without_warnings(predictor, tmp_path):
+    save_image(tmp_path / "a.png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*out of bounds")
+        result = predict_images(predictor, tmp_path / "a.png", tmp_path / "out", score_thr=0.0)
+    boxes = [found["bbox"] for found in json.loads(result.read_text())["images"]["a.png"]["predictions"]]
+    assert any(50 in box[::2] or 70 in box[1::2] for box in boxes)  # some end at the border
+    assert all(0 <= box[0] <= box[2] <= 50 and 0 <= box[1] <= box[3] <= 70 for box in boxes)
+
+
+def test_something_else_is_done_for_each_image_and_its_refusal_comes_last(predictor, tmp_path):
+    for name in ("in/a.png", "in/deep/b.png"):
+        save_image(tmp_path / name)
+    done = []
+
+    def also(image, name):
+        done.append((image, name.as_posix()))
+        if len(done) == 1:
+            raise UsageError("the point lies outside")
+
+    with pytest.raises(UsageError, match="the point lies outside"):
+        predict_images(predictor, tmp_path / "in", tmp_path / "out", also=also)
+    assert done == [(tmp_path / "in" / name, name) for name in ("a.png", "deep/b.png")]
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 2
 
 
 def test_files_that_are_no_images_are_named_after_the_others_are_done(predictor, tmp_path):
