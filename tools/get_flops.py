@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of the presets, with the papers' 1000-way classifier: the table in the README."""
+"""Parameters and FLOPs of the presets, with the papers' 1000-way classifier: the table in docs/presets.md."""
 
 from __future__ import annotations
 
