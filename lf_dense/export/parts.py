@@ -146,8 +146,8 @@ def _detector(model: Any, output: str) -> Part:
     head = getattr(model, "bbox_head", None)
     if head is None or getattr(model, "roi_head", None) is not None:
         raise UsageError(
-            f"{type(model).__name__} has no dense head alone, and only such detectors are exported whole: "
-            "export its backbone (--part backbone)."
+            f"{type(model).__name__} is no detector with one dense head, as RetinaNet is, and only those are "
+            "exported whole: export its backbone (--part backbone)."
         )
     postprocess = _dense_anchors(head, model.test_cfg)
     levels = len(postprocess["strides"])

@@ -84,9 +84,13 @@ class CurvesHook(Hook):
         drawn = self._draw(runner, last=True)
         kept = [f"{name}: {path}" for name, path in _checkpoints(runner).items()]
         curves = [f"curves: {Path(runner.work_dir, CURVES)}"] if drawn else []
-        runner.logger.info(
-            "; ".join([*(kept or ["no checkpoint was saved"]), *curves, f"log: {runner.log_dir}"])
+        # The runner writes it there, with swapped backbone and overridden options.
+        name = getattr(runner.cfg, "filename", None)
+        config = (
+            [f"config to test and predict with: {Path(runner.work_dir, Path(name).name)}"] if name else []
         )
+        kept = kept or ["no checkpoint was saved"]
+        runner.logger.info("; ".join([*kept, *curves, f"log: {runner.log_dir}", *config]))
 
     def _draw(self, runner: Runner, last: bool = False) -> bool:
         """Redraw, and say whether that worked; until something is logged there is nothing to draw."""

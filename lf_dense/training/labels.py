@@ -54,7 +54,7 @@ def check_coco_classes(config: Config, splits: tuple[str, ...]) -> None:
         if missing:
             raise UsageError(
                 f"{path} ({key}) has no category {_shown(missing)}, which the config names; it has "
-                f"{_shown(names)}: set metainfo.classes of the datasets to those that you want, and "
+                f"{_shown(names)}: set *_dataloader.dataset.metainfo.classes to those that you want, and "
                 "num_classes of the heads to their number."
             )
         in_file = [name for name in names if name in classes]

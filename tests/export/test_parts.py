@@ -100,7 +100,7 @@ def test_a_backbone_alone(detector):
 @pytest.mark.parametrize(
     ("name", "scope", "said"),
     [
-        ("mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", "mmdet", "has no dense head alone"),
+        ("mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", "mmdet", "is no detector with one dense head"),
         ("mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py", "mmdet", "FCOSHead decodes its maps"),
         ("mmdet::atss/atss_r50_fpn_1x_coco.py", "mmdet", "ATSSHead decodes its maps"),
     ],

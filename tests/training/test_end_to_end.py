@@ -311,7 +311,7 @@ test_cfg = dict()
 def says_where_things_are(printed: str, work_dir: Path, checkpoint: Path) -> bool:
     """Whether a training says at its start and end where its files are, and they are there."""
     (start,) = re.findall(r"log: (\S+); checkpoints: (\S+); curves.*: (\S+)", printed)
-    (end,) = re.findall(r"last checkpoint: (\S+); curves: (\S+); log: (\S+)", printed)
+    (end,) = re.findall(r"last checkpoint: (\S+); curves: (\S+); log: (\S+); config.*: (\S+)", printed)
     assert start == (end[2], str(work_dir), end[1])
     assert end[0] == str(checkpoint)
     return all(Path(path).exists() for path in (*start, *end)) and "was not drawn" not in printed
