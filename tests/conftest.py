@@ -1,6 +1,7 @@
 """Fixtures of every test."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _no_backend_from_outside(monkeypatch):
     monkeypatch.delenv("LF_DENSE_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_scope_from_another_module():
+    """mmengine keeps the default scope for the process, and looks for every type in that framework first."""
+    registry = sys.modules.get("mmengine.registry")
+    if registry:
+        registry.DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture(scope="session")

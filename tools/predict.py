@@ -8,21 +8,11 @@ from mmengine.device import get_device
 
 from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.files import find_images
-from lf_dense.training.cli import add_backbone_options, add_config_options, read_config
+from lf_dense.training.cli import add_backbone_options, add_config_options, parse_point, read_config
 from lf_dense.training.explaining import explained
 from lf_dense.training.prediction import Predictor, predict_images
 from lf_dense.training.quietness import quiet
 from lf_dense.training.video import PICTURES, RECORDS, Video, is_video, predict_video
-
-
-def parse_point(text: str) -> tuple[float, float]:
-    try:
-        x, y = map(float, text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"--show-attention {text} is no point: give X,Y in pixels of the image, like 120,80."
-        ) from None
-    return x, y
 
 
 def main() -> None:
@@ -50,7 +40,7 @@ def main() -> None:
     add_backbone_options(parser)
     add_config_options(parser)
     args = parser.parse_args()
-    points = [parse_point(text) for text in args.show_attention]
+    points = [parse_point(text, "--show-attention") for text in args.show_attention]
     out = Path(args.out)
     with quiet(args.verbose):
         if is_video(args.source) and points:

@@ -10,17 +10,9 @@ from mmengine.device import get_device
 from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.explain.pictures import write_attention, write_features, write_receptive_fields
 from lf_dense.explain.placing import load_subject
-from lf_dense.training.cli import add_backbone_options, add_config_options, read_config
+from lf_dense.training.cli import add_backbone_options, add_config_options, parse_point, read_config
 from lf_dense.training.explaining import explained
 from lf_dense.training.quietness import quiet
-
-
-def parse_query(text: str) -> tuple[float, float]:
-    try:
-        x, y = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not X,Y, a pixel like 120,80") from None
-    return x, y
 
 
 def parse_paths(args: argparse.Namespace) -> None:
@@ -52,7 +44,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures")
     parser.add_argument(
         "--query",
-        type=parse_query,
         action="append",
         default=[],
         metavar="X,Y",
@@ -80,14 +71,15 @@ def main() -> None:
     add_backbone_options(parser)
     add_config_options(parser)
     args = parser.parse_intermixed_args()
+    queries = [parse_point(text, "--query") for text in args.query]
     parse_paths(args)
     said = []
     with quiet(args.verbose):
         with explained():
             subject = load_subject(read_config(args), args.checkpoint, args.device)
-        if args.query:
+        if queries:
             written = write_attention(
-                subject, args.image, args.query, args.out, args.stage, args.block, args.heads
+                subject, args.image, queries, args.out, args.stage, args.block, args.heads
             )
             for path, rows in written:
                 found = ", ".join(f"stage {row.stage} {row.agreement():.3f}" for row in rows)

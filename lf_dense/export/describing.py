@@ -84,7 +84,12 @@ def _palette(meta: dict[str, Any]) -> list[list[int]] | None:
 
 
 def describe(
-    part: Part, config: Config, meta: dict[str, Any], form: str, size: tuple[int, int] | None
+    part: Part,
+    config: Config,
+    meta: dict[str, Any],
+    form: str,
+    size: tuple[int, int] | None,
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """What ``model.json`` says.
 
@@ -94,6 +99,7 @@ def describe(
         meta: the data set's ``classes`` and ``palette``.
         form: ``"standard"`` or ``"operator"``.
         size: the (height, width) of a model that takes no other.
+        precision: of the layers, ``"float32"`` or ``"int8"``.
 
     Raises:
         UsageError: the test pipeline has a step that the runtime has not.
@@ -103,7 +109,7 @@ def describe(
         "lf_dense": VERSION,
         "task": part.task,
         "attention": form,
-        "precision": "float32",
+        "precision": precision,
         "classes": list(meta["classes"]),
         "palette": _palette(meta),
         "preprocess": {**pipeline, **_preprocess(config)},

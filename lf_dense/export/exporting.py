@@ -24,8 +24,8 @@ from .describing import describe
 from .graphs import FORMS, onnx_graph, torch_graph
 from .metadata import read_metadata
 from .parts import Part, choose_part, reference_outputs
-from .preparing import Pixels, Preparation, read_image
-from .quantizing import calibration_images, quantize
+from .preparing import readable
+from .quantizing import MEND, calibration_images, quantize
 from .tracing import traceable
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch_export": ".pt2", "aoti": ".pt2"}
@@ -41,6 +41,7 @@ TOLERANCE = 1e-4
 INT8_TOLERANCE = 0.3
 INT8_CHECKED = 4
 
+Floats = npt.NDArray[np.floating[Any]]
 Runner = Callable[[npt.NDArray[np.float32]], list[npt.NDArray[Any]]]
 
 
@@ -52,31 +53,59 @@ class Check(NamedTuple):
     error: float
 
 
-def _rms_apart(wanted: Tensor, got: npt.NDArray[Any]) -> float:
-    """The difference's root mean square over the output's own; of labels, the share that differs."""
+def _largest(difference: Floats, expected: Floats) -> float:
+    return float(np.abs(difference).max() / max(np.abs(expected).max(), 1e-30))
+
+
+def _root_mean_square(difference: Floats, expected: Floats) -> float:
+    return float(np.sqrt(np.square(difference).mean() / max(np.square(expected).mean(), 1e-30)))
+
+
+class Bound(NamedTuple):
+    """How far an exported model may be from PyTorch.
+
+    Attributes:
+        name: of the error.
+        size: of a difference, relative to the output.
+        allowed: the largest error.
+        wrong_labels: the share of labels that counts as that error; where two classes are level, rounding
+            decides.
+        mend: what to do where a model is off by more.
+    """
+
+    name: str
+    size: Callable[[Floats, Floats], float]
+    allowed: float
+    wrong_labels: float
+    mend: str
+
+
+SAME = Bound(
+    "relative error",
+    _largest,
+    TOLERANCE,
+    1e-3,
+    "where a layer computes sizes in Python, --size HEIGHT WIDTH exports the model for one size.",
+)
+INT8 = Bound(
+    "int8, relative RMS error",
+    _root_mean_square,
+    INT8_TOLERANCE,
+    INT8_TOLERANCE,
+    "give images of the kind that the model was trained on, or export without --int8.",
+)
+
+
+def _apart(wanted: Tensor, got: npt.NDArray[Any], bound: Bound) -> float:
     expected = wanted.numpy()
     if got.shape != expected.shape:
         return float("inf")
     if not np.issubdtype(expected.dtype, np.floating):
-        return float(np.mean(got != expected))
+        return float(np.mean(got != expected)) * bound.allowed / bound.wrong_labels
     if expected.size == 0:
         return 0.0
-    difference = got.astype(np.float64) - expected
-    return float(
-        np.sqrt(np.square(difference).mean() / max(np.square(expected, dtype=np.float64).mean(), 1e-30))
-    )
-
-
-def _apart(wanted: Tensor, got: npt.NDArray[Any]) -> float:
-    expected = wanted.numpy()
-    if got.shape != expected.shape:
-        return float("inf")
-    if not np.issubdtype(expected.dtype, np.floating):
-        # Labels: where two classes are level, rounding decides.
-        return float(np.mean(got != expected)) * TOLERANCE / 1e-3
-    if expected.size == 0:
-        return 0.0
-    return float(np.abs(got.astype(np.float64) - expected).max() / max(np.abs(expected).max(), 1e-30))
+    exact = expected.astype(np.float64)
+    return bound.size(got - exact, exact)
 
 
 def _boxes_apart(wanted: Sequence[Tensor], got: Sequence[npt.NDArray[Any]]) -> float:
@@ -96,25 +125,15 @@ def _boxes_apart(wanted: Sequence[Tensor], got: Sequence[npt.NDArray[Any]]) -> f
     return float(max(apart.min(0).max(), apart.min(1).max()))
 
 
-def check(
-    part: Part, run: Runner, images: dict[str, Tensor], apart: Callable[..., float] | None = None
-) -> list[Check]:
-    """Run an exported model and its module on the same images.
-
-    Args:
-        part: the module.
-        run: the exported model.
-        images: batches by what they are called.
-        apart: how far an output is from the module's. By default the largest difference; labels count as
-            wrong by their share then, and a thousandth of them is as bad as ``TOLERANCE``.
-    """
+def check(part: Part, run: Runner, images: dict[str, Tensor], bound: Bound = SAME) -> list[Check]:
+    """Run an exported model and its module on the same images, batches by what they are called."""
     checks = []
     for what, image in images.items():
         wanted, got = reference_outputs(part.module, image), run(image.numpy())
         if part.postprocess["kind"] == "boxes":
             worst = _boxes_apart(wanted, got)
         else:
-            worst = max(map(apart or _apart, wanted, got))
+            worst = max(_apart(*pair, bound) for pair in zip(wanted, got))
         checks.append(Check(what, float("inf") if np.isnan(worst) else worst))
     return checks
 
@@ -239,7 +258,7 @@ def export_model(
     """
     out = Path(out)
     _check_arguments(out, format, form, int8)
-    pixels = _photograph(image) if image else None
+    pixels = readable(image, "give a photograph to check with") if image else None
     calibration = calibration_images(int8) if int8 else []
     scope = framework_of(config).scope
     model, loaded = build_model(config, checkpoint)
@@ -248,7 +267,7 @@ def export_model(
         print_log(message, logger="current", level=logging.WARNING)
     meta = dataset_meta(config, loaded, checkpoint or "a checkpoint") if part == "model" else {"classes": []}
     chosen = choose_part(model.eval(), scope, part, output)
-    description = describe(chosen, config, meta, form, size)
+    description = describe(chosen, config, meta, form, size, "int8" if int8 else "float32")
     channels = getattr(model.backbone, "in_channels", 3)
     # Final boxes are those of one image.
     batch = 1 if description["postprocess"]["kind"] == "boxes" else None
@@ -277,16 +296,15 @@ def export_model(
         smallest = 0 if format in RUNTIME_FORMATS else SMALLEST_OF_TORCH
         images = _images(channels, size, batch, smallest) | photograph
         checks = check(chosen, _runner(target, format), images)
-        _judge(checks, "relative error", TOLERANCE, tell)
+        _judge(checks, SAME, tell)
         if int8:
             _write_graph(quantize(graph, form, calibration, prepared), format, form, target)
-            description["precision"] = "int8"
-            target.with_suffix(".json").write_text(json.dumps(description, indent=1))
             images = {
-                path.name: _batch_of(path, prepared) for path in calibration[:INT8_CHECKED]
+                path.name: torch.from_numpy(prepared(readable(path, MEND)).batch)
+                for path in calibration[:INT8_CHECKED]
             } | photograph
-            quantised = check(chosen, _runner(target, format), images, _rms_apart)
-            _judge(quantised, "int8, relative RMS error", INT8_TOLERANCE, tell)
+            quantised = check(chosen, _runner(target, format), images, INT8)
+            _judge(quantised, INT8, tell)
             checks += quantised
         replace_all(Path(folder), out.parent)
     return checks
@@ -309,33 +327,16 @@ def _check_arguments(out: Path, format_: str, form: str, int8: str | Path | None
         )
 
 
-def _judge(checks: list[Check], what: str, allowed: float, tell: Callable[[str], None]) -> None:
+def _judge(checks: list[Check], bound: Bound, tell: Callable[[str], None]) -> None:
     """Tell of each check, and refuse a model that is off by more than is allowed."""
     for row in checks:
-        tell(f"{row.what:<24} {what} {row.error:.1e}")
+        tell(f"{row.what:<24} {bound.name} {row.error:.1e}")
     worst = max(checks, key=lambda row: row.error)
-    if worst.error <= allowed:
-        return
-    mend = (
-        "give images of the kind that the model was trained on, or export without --int8."
-        if allowed == INT8_TOLERANCE
-        else "where a layer computes sizes in Python, --size HEIGHT WIDTH exports the model for one size."
-    )
-    raise UsageError(
-        f"the exported model is off by {worst.error:.1e} ({what}) at {worst.what}, and {allowed:g} is "
-        f"allowed, so nothing is written: {mend}"
-    )
-
-
-def _batch_of(path: Path, prepared: Preparation) -> Tensor:
-    return torch.from_numpy(prepared(_photograph(path)).batch)
-
-
-def _photograph(image: str | Path) -> Pixels:
-    pixels = read_image(image)
-    if pixels is None:
-        raise UsageError(f"{image} is no image that can be read: give a photograph to check with.")
-    return pixels
+    if worst.error > bound.allowed:
+        raise UsageError(
+            f"the exported model is off by {worst.error:.1e} ({bound.name}) at {worst.what}, and "
+            f"{bound.allowed:g} is allowed, so nothing is written: {bound.mend}"
+        )
 
 
 def _existing(folder: Path) -> Path:

@@ -161,6 +161,18 @@ def _crop(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     return pixels[top : top + height, left : left + width]
 
 
+def readable(path: str | Path, mend: str) -> Pixels:
+    """An image file's pixels, as ``read_image`` gives them.
+
+    Raises:
+        UsageError: it is no image; ``mend`` says what to do.
+    """
+    pixels = read_image(path)
+    if pixels is None:
+        raise UsageError(f"{path} is no image that can be read: {mend}.")
+    return pixels
+
+
 def read_image(path: str | Path) -> Pixels | None:
     """An image file's pixels, ``(H, W, 3)`` uint8 BGR, turned as its EXIF says.
 

@@ -7,8 +7,6 @@ smallest and largest values that the calibration images gave.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,11 +17,13 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from ..files import find_images
-from .preparing import Pixels, Preparation, read_image
+from .preparing import Preparation, readable
+from .runtime import session_options
 
 # Nodes that may be layers. What stands inside a Scan is never quantised.
 LAYERS = ("Conv", "Gemm", "MatMul")
 CALIBRATION_IMAGES = 64
+MEND = "take it out of the calibration's folder"
 
 
 def calibration_images(source: str | Path, count: int = CALIBRATION_IMAGES) -> list[Path]:
@@ -35,16 +35,10 @@ def calibration_images(source: str | Path, count: int = CALIBRATION_IMAGES) -> l
     images = find_images(source)
     picked = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
     chosen = [images[index] for index in picked]
+    # A file that is none is named at once, and not after the export.
     for path in chosen:
-        _pixels(path)
+        readable(path, MEND)
     return chosen
-
-
-def _pixels(path: Path) -> Pixels:
-    pixels = read_image(path)
-    if pixels is None:
-        raise UsageError(f"{path} is no image that can be read: take it out of the calibration's folder.")
-    return pixels
 
 
 class _Batches:
@@ -56,23 +50,11 @@ class _Batches:
     @staticmethod
     def _prepared(images: Sequence[Path], preparation: Preparation) -> Iterator[npt.NDArray[np.float32]]:
         for path in images:
-            yield preparation(_pixels(path)).batch
+            yield preparation(readable(path, MEND)).batch
 
     def get_next(self) -> dict[str, npt.NDArray[np.float32]] | None:
         batch = next(self._batches, None)
         return None if batch is None else {"image": batch}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The tools advise preprocessing that the export has done already."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
 
 
 def _layers(graph: Any) -> list[str]:
@@ -133,18 +115,12 @@ def quantize(graph: Any, form: str, images: Sequence[Path], preparation: Prepara
         """Knows our operator, and fuses what the runtime fuses, which leaves the ranges as they are."""
 
         def create_inference_session(self) -> None:
-            options = onnxruntime.SessionOptions()
-            options.enable_mem_pattern = False
-            options.log_severity_level = 4
-            if form == "operator":
-                from .libraries import register_onnxruntime
-
-                register_onnxruntime(options)
+            options = session_options(form == "operator")
             self.infer_session = onnxruntime.InferenceSession(
                 self.augmented_model_path, options, providers=["CPUExecutionProvider"]
             )
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "float.onnx")
         onnx.save(graph, str(source))
         calibrater = Calibrater(source, LAYERS, str(Path(folder, "calibration.onnx")))

@@ -60,6 +60,26 @@ def _short_reason(error: Exception) -> str:
     return reason if len(reason) <= 300 else reason[:297] + "..."
 
 
+def session_options(own_operators: bool) -> Any:
+    """``onnxruntime.SessionOptions`` for an exported model, with the attention's operator where it has that.
+
+    Raises:
+        UsageError: the operator's library is not there, or this onnxruntime does not take it.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # Images differ in size, and a plan of memory for each would cost more memory than it saves.
+    options.enable_mem_pattern = False
+    # What goes wrong is raised; the log would say it a second time.
+    options.log_severity_level = 4
+    if own_operators:
+        from .libraries import register_onnxruntime
+
+        register_onnxruntime(options)
+    return options
+
+
 class _OnnxRuntime:
     def __init__(
         self,
@@ -84,17 +104,9 @@ class _OnnxRuntime:
                 )
         if not providers:
             chosen.append("CPUExecutionProvider")
-        options = onnxruntime.SessionOptions()
-        # Images differ in size, and a plan of memory for each would cost more memory than it saves.
-        options.enable_mem_pattern = False
-        # What goes wrong is raised; the log would say it a second time.
-        options.log_severity_level = 4
+        options = session_options(metadata.own_operators)
         if threads:
             options.intra_op_num_threads = threads
-        if metadata.own_operators:
-            from .libraries import register_onnxruntime
-
-            register_onnxruntime(options)
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
+from ..errors import UsageError
 from ..frameworks import load_config, override_config
 from ..presets import ARCHS
 from ..swap.backbone import set_pretrained, swap_backbone
@@ -78,6 +79,21 @@ def read_config(args: argparse.Namespace) -> Config:
         set_pretrained(config, args.pretrained)
     override_config(config, args.cfg_options)
     return config
+
+
+def parse_point(text: str, option: str) -> tuple[float, float]:
+    """``X,Y`` of a command line, pixels of an image.
+
+    Raises:
+        UsageError: it is not two numbers.
+    """
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"{option} {text} is no point: give X,Y in pixels of the image, like 120,80."
+        ) from None
+    return x, y
 
 
 def add_launcher(parser: argparse.ArgumentParser) -> None:

@@ -33,14 +33,6 @@ from lf_dense.export.decoding import (
 CLASSES = 7
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _scope_of_detectors():
-    """Earlier tests leave the scope of another framework."""
-    from mmengine.registry import init_default_scope
-
-    init_default_scope("mmdet")
-
-
 def retina_head(softmax=False, clamp=False, stds=(1.0, 1.0, 1.0, 1.0), **test):
     loss = {"type": "mmdet.CrossEntropyLoss"} if softmax else {"type": "mmdet.FocalLoss", "use_sigmoid": True}
     coder = {"type": "mmdet.DeltaXYWHBBoxCoder", "target_means": (0.0, 0.1, 0.0, -0.1), "target_stds": stds}

@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("mmdet")
 pytest.importorskip("onnxscript")
@@ -19,27 +18,10 @@ from lf_dense.export import exporting
 from lf_dense.export.libraries import operator_library
 from lf_dense.export.runtime import Runtime
 from lf_dense.frameworks import load_config
-from lf_dense.swap.samples import build_model
 from support import ROOT
 from support.driving import call, environment, refused
 
 CONFIG = ROOT / "configs" / "retinanet_lf_demo.py"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A detector whose random weights find something everywhere."""
-    torch.manual_seed(0)
-    config = load_config(str(CONFIG))
-    model = build_model(config)
-    model.init_weights()
-    head = model.bbox_head
-    for parameter in (head.retina_cls.weight, head.retina_reg.weight):
-        torch.nn.init.normal_(parameter, std=0.05)
-    torch.nn.init.constant_(head.retina_cls.bias, -2.0)
-    path = tmp_path_factory.mktemp("checkpoint") / "made_up.pth"
-    torch.save({"state_dict": model.state_dict(), "meta": {}}, path)
-    return path
 
 
 @pytest.fixture(scope="module", params=["onnx", "xml"])

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("mmdet")
 pytest.importorskip("onnxscript")
@@ -23,7 +22,6 @@ from lf_dense.export.preparing import Preparation, read_image, write_png
 from lf_dense.export.runtime import Runtime
 from lf_dense.export.tracing import traceable
 from lf_dense.frameworks import load_config
-from lf_dense.swap.samples import build_model
 from support import ROOT
 from support.driving import call, refused
 
@@ -41,26 +39,9 @@ PREPARATION = Preparation(
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = build_model(load_config(str(CONFIG)))
-    model.init_weights()
-    for parameter in (model.bbox_head.retina_cls.weight, model.bbox_head.retina_reg.weight):
-        torch.nn.init.normal_(parameter, std=0.05)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "made_up.pth"
-    torch.save({"state_dict": model.state_dict(), "meta": {}}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def graphs(model, shapes):
+def graphs(made_up_detector, shapes):
     """The backbone's graph in float and in int8, and the images that it was calibrated with."""
-    part = choose_part(model, "mmdet", "backbone")
+    part = choose_part(made_up_detector, "mmdet", "backbone")
     images = quantizing.calibration_images(shapes / "train", 3)
     graph = onnx_graph(traceable(part.module), "standard", 3, (96, 96), part.outputs)
     return graph, quantizing.quantize(graph, "standard", images, PREPARATION), images
