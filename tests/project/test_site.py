@@ -98,6 +98,19 @@ def test_links_of_the_root_files_lead_on_from_the_site(root_pages, link, wanted)
     assert root_pages.LINK.sub(root_pages.page_link, link) == wanted
 
 
+@pytest.mark.parametrize(
+    ("link", "wanted"),
+    [
+        ("[a](../CONTRIBUTING.md#how-to-add)", "[a](contributing.md#how-to-add)"),
+        ("[a](../CHANGELOG.md)", "[a](changelog.md)"),
+        ("[a](../README.md)", "[a](../README.md)"),
+        ("[a](use.md#security)", "[a](use.md#security)"),
+    ],
+)
+def test_links_to_the_root_files_stay_in_the_site(root_pages, link, wanted):
+    assert root_pages.TO_ROOT.sub(root_pages.root_link, link) == wanted
+
+
 def test_every_page_is_there(site):
     pages = [path.relative_to(DOCS).with_suffix(".html") for path in DOCS.rglob("*.md")]
     assert len(pages) > 25
