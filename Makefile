@@ -26,8 +26,9 @@ setup:
 demo: setup
 	@$(RUN) tools/demo.py
 
+# Two files at a time, each on one thread: most of the time is processes that start.
 test: setup
-	@$(RUN) -m pytest
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 setup-upstream:
 	@$(PYTHON) tools/setup_env.py --venv $(UPSTREAM) --stack upstream

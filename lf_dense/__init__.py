@@ -7,6 +7,7 @@ The attention and its functions need torch alone; the backbone is there, and reg
 from importlib.util import find_spec as _find_spec
 
 from . import export
+from .allocator import keep_memory
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "__version__",
     "build_info",
     "export",
+    "keep_memory",
     "laplacian_attention",
     "laplacian_kernel",
     "load_pretrained",

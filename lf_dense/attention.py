@@ -185,11 +185,15 @@ class LaplacianAttention(nn.Module):
 
     def split_and_rotate(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """Queries or keys ``(B, N, C)`` as heads ``(B, N, heads, head_dims)``, scaled and rotated."""
-        x = self.split(x)
-        if self.log_scale is not None:
-            # The kernel of points divided by a factor is the kernel whose scale has that factor.
-            x = x * torch.exp(-self.log_scale)[:, None].to(x.dtype)
+        x = self.scaled(self.split(x))
         return rotate(x, table) if self.rotary else x
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Heads ``(B, N, heads, head_dims)`` over what each has learnt of the kernel's scale."""
+        if self.log_scale is None:
+            return x
+        # The kernel of points divided by a factor is the kernel whose scale has that factor.
+        return x * torch.exp(-self.log_scale)[:, None].to(x.dtype)
 
     def merge(self, attended: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Add the convolution of the values, and project.

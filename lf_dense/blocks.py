@@ -9,9 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attention import map_to_tokens, rotary_table, tokens_to_map
+from .attention import LaplacianAttention, map_to_tokens, rotary_table, tokens_to_map
+from .backends import is_exporting, native
+from .fusing import asks_gradient, can_fuse, is_plain
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout, nn.LayerNorm)
+
+# Large enough that a strip's calls cost nothing, small beside what else maps of that size take.
+STRIP_BYTES = {"cpu": 64 << 20}
+STRIP_BYTES_ELSEWHERE = 512 << 20
+# Of the hidden channels of a network 8 times as wide inside, in exported graphs: their memory is that of one.
+EXPORTED_GROUPS = 4
 
 
 class DropPath(nn.Module):
@@ -58,8 +69,57 @@ class ConvFFN(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Tokens ``(B, H * W, C)`` of a map ``hw_shape`` to tokens.
+
+        Without a gradient a large map goes through in strips: the hidden one is never there as a whole.
+        """
+        if is_exporting():
+            return self.in_groups(x, hw_shape)
+        if torch.compiler.is_compiling() or asks_gradient(x, self) or not is_plain(self, ConvFFN, *LAYERS):
+            return self.whole(x, hw_shape)
+        return self.in_strips(x, hw_shape)
+
+    def whole(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """The layers, one after the other."""
         x = map_to_tokens(self.dwconv(tokens_to_map(self.fc1(x), hw_shape)))
         return self.drop(self.fc2(self.drop(self.act(x))))
+
+    def in_groups(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """The same to rounding, group by group of hidden channels: for graphs, whose maps have any size."""
+        groups = EXPORTED_GROUPS if self.fc1.out_features >= 8 * self.fc1.in_features else 1
+        if groups == 1:
+            return self.whole(x, hw_shape)
+        parts = zip(
+            self.fc1.weight.chunk(groups),
+            self.fc1.bias.chunk(groups),
+            self.dwconv.weight.chunk(groups),
+            self.dwconv.bias.chunk(groups),
+            self.fc2.weight.chunk(groups, 1),
+        )
+        out = self.fc2.bias
+        for weight, bias, taps, taps_bias, last in parts:
+            hidden = tokens_to_map(F.linear(x, weight, bias), hw_shape)
+            hidden = F.conv2d(hidden, taps, taps_bias, padding=1, groups=taps.shape[0])
+            out = out + F.linear(self.act(map_to_tokens(hidden)), last)
+        return out
+
+    def in_strips(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """The same, bit for bit, in strips of rows whose hidden activations take ``STRIP_BYTES`` at most.
+
+        A strip takes the rows above and below along, and drops what comes of them.
+        """
+        height, width = hw_shape
+        row_bytes = x.shape[0] * width * self.fc1.out_features * x.element_size()
+        rows = max(1, STRIP_BYTES.get(x.device.type, STRIP_BYTES_ELSEWHERE) // row_bytes)
+        if rows >= height:
+            return self.whole(x, hw_shape)
+        lines, strips = x.unflatten(1, hw_shape), []
+        for first in range(0, height, rows):
+            begin, last = max(0, first - 1), min(height, first + rows)
+            part = lines[:, begin : min(height, last + 1)]
+            strip = self.whole(part.flatten(1, 2), (part.shape[1], width)).unflatten(1, part.shape[1:3])
+            strips.append(strip[:, first - begin : last - begin])
+        return torch.cat(strips, 1).flatten(1, 2)
 
 
 class Block(nn.Module):
@@ -84,8 +144,22 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor]) -> Tensor:
+        drops = self.training and self.drop_path.rate > 0
+        if not drops and can_fuse(x, self, Block, LaplacianAttention, ConvFFN, DropPath, *LAYERS):
+            return self.fused(x, hw_shape, table)
         x = x + self.drop_path(self.attn(self.norm1(x), hw_shape, table))
         return x + self.drop_path(self.ffn(self.norm2(x), hw_shape))
+
+    def fused(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor]) -> Tensor:
+        """The same by one operator before the attention, one after it, and one for the network."""
+        attn: Any = self.attn
+        ffn = self.ffn
+        turned = table if attn.rotary else None
+        heads = native.project_heads(x, self.norm1, attn.q, attn.k, attn.v, turned, attn.head_dims)
+        q, k, v = (attn.split(part) for part in heads)
+        attended = attn.attend(attn.scaled(q), attn.scaled(k), v, hw_shape).flatten(2)
+        x = native.merge_heads(x, attended, heads[2], hw_shape, attn.dwconv, attn.proj)
+        return native.conv_ffn(x, hw_shape, self.norm2, ffn.fc1, ffn.dwconv, ffn.fc2)
 
 
 class Stage(nn.Module):

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from .allocator import keep_memory
+
 # What a command line calls itself in its help; None is the script's name.
 program: str | None = None
 
@@ -37,8 +39,10 @@ def tool_parser(description: str | None, **options: Any) -> argparse.ArgumentPar
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a tool's ``main`` and exit with the code that it returns.
 
-    A ``UsageError`` prints its sentence and exits with 2. With ``--traceback`` it is shown whole.
+    Freed memory is kept for the next step (``lf_dense.keep_memory``). A ``UsageError`` prints its sentence
+    and exits with 2. With ``--traceback`` it is shown whole.
     """
+    keep_memory()
     try:
         sys.exit(main())
     except UsageError as error:

@@ -1,10 +1,10 @@
-"""Measure the operators, the backbone or a training step; COMMAND --help lists a command's options."""
+"""Measure operators, models, the backbone or a training step; COMMAND --help lists a command's options."""
 
 from __future__ import annotations
 
 import argparse
 
-from lf_dense.benchmark import backbone, operators, step
+from lf_dense.benchmark import backbone, models, operators, step
 from lf_dense.errors import run_tool, tool_parser
 
 COMMANDS = {
@@ -12,6 +12,7 @@ COMMANDS = {
         operators,
         "time, memory and errors of the operators, beside other attentions; needs torch",
     ),
+    "models": (models, "latency, memory and cost of backbones and models over resolutions; needs mmengine"),
     "backbone": (backbone, "time of a forward pass and of the operators in it; needs mmengine"),
     "step": (step, "time and losses of a detector's training step by each backend; needs mmdet"),
 }

@@ -77,6 +77,11 @@ def exporting(form: str) -> Iterator[None]:
         _in_block.reset(token)
 
 
+def is_exporting() -> bool:
+    """Whether the call is traced for another runtime, in one of ``EXPORT_FORMS``."""
+    return _in_block.get() in EXPORT_FORMS
+
+
 @functools.cache
 def _log_once(obstacle: str) -> None:
     _logger.warning(

@@ -7,13 +7,15 @@ their caller; its docstrings say what they compute.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from .reference import common_dtype, compute_dtype
 
@@ -24,6 +26,7 @@ MAX_CUDA_HEAD_DIMS, MAX_CUDA_HEAD_DIMS_IN_99_KB = 128, 64
 MIN_CUDA_CAPABILITY = (8, 0)
 # The operators' namespace in torch.ops; the tests put the emulated CUDA operators in its place.
 LIBRARY = "lf_dense"
+WIDE = (torch.float32, torch.float64)
 _FOLDER = Path(__file__).parent
 
 
@@ -165,6 +168,62 @@ def laplacian_attention(
     return _operators().laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)[0]
 
 
+def fuses_layers(x: Tensor) -> bool:
+    """Whether the operators of whole layers take these tokens: the three below.
+
+    They are written for the CPU. Autocast asks for narrow products, and theirs are float32 or wider.
+    """
+    return x.device.type == "cpu" and x.dtype in WIDE and not torch.is_autocast_enabled("cpu")
+
+
+def project_heads(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    q: nn.Linear,
+    k: nn.Linear,
+    v: nn.Linear,
+    table: tuple[Tensor, Tensor] | None,
+    head_dims: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of ``norm(x)``, tokens ``(B, N, C)`` all; no gradient.
+
+    Queries and keys are turned by ``lf_dense.attention.rotary_table``, or not, where ``table`` is None.
+    """
+    tables = [x.new_empty(0, 1, head_dims)] * 2 if table is None else [part.to(x.dtype) for part in table]
+    projections = [tensor for layer in (q, k, v) for tensor in _weights(layer)]
+    return torch.ops.lf_dense.project_heads(
+        x.contiguous(), *_weights(norm), norm.eps, *projections, *(part.contiguous() for part in tables)
+    )
+
+
+def merge_heads(
+    x: Tensor, attended: Tensor, values: Tensor, hw_shape: tuple[int, int], conv: nn.Conv2d, proj: nn.Linear
+) -> Tensor:
+    """``x + proj(attended + conv(values))`` of tokens ``(B, H * W, C)``; no gradient."""
+    maps = values.contiguous().unflatten(1, hw_shape)
+    layers = (*_weights(conv), *_weights(proj))
+    return torch.ops.lf_dense.merge_heads(x.contiguous(), attended.contiguous(), maps, *layers)
+
+
+def conv_ffn(
+    x: Tensor, hw_shape: tuple[int, int], norm: nn.LayerNorm, fc1: nn.Linear, conv: nn.Conv2d, fc2: nn.Linear
+) -> Tensor:
+    """``x + fc2(GELU(conv(fc1(norm(x)))))`` of tokens ``(B, H * W, C)``; no gradient.
+
+    The hidden map is never there as a whole: each thread holds the activations of a few rows.
+    """
+    maps = x.contiguous().unflatten(1, hw_shape)
+    layers = [tensor for layer in (fc1, conv, fc2) for tensor in _weights(layer)]
+    return torch.ops.lf_dense.conv_ffn(maps, *_weights(norm), norm.eps, *layers).flatten(1, 2)
+
+
+def _weights(layer: nn.Linear | nn.Conv2d | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """A layer's weight and bias, zeros where it has none."""
+    weight = layer.weight
+    bias = weight.new_zeros(weight.shape[0]) if layer.bias is None else layer.bias
+    return weight.contiguous(), bias
+
+
 def _tokens_like(x: Tensor) -> Tensor:
     """Empty ``(B, heads, N, d)`` with memory as ``(B, N, heads, d)``, which is what the operators return."""
     batch, heads, rows, channels = x.shape
@@ -190,6 +249,51 @@ def _attention_fake(
     m, dtype = landmarks.shape[2], compute_dtype(q.dtype)
     shapes = ((m, m), (m, channels), (m,), (channels,))
     return (_tokens_like(q), *(q.new_empty(batch, heads, *shape, dtype=dtype) for shape in shapes))
+
+
+def _project_fake(x: Tensor, *layers: object) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(3))
+
+
+def _like_first_fake(x: Tensor, *layers: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _attention_flops(
+    q: tuple[int, ...],
+    k: object,
+    v: object,
+    landmarks: tuple[int, ...],
+    scale: float,
+    iters: int,
+    *rest: object,
+    **unused: object,
+) -> int:
+    """Kernels, a subtraction and its absolute value being a multiply-add; products; the solver."""
+    (batch, heads, tokens, dims), m = q, landmarks[2]
+    kernels, products = (2 * tokens + m) * m * dims, (2 * tokens + m) * m * (dims + 1)
+    return 2 * batch * heads * (kernels + products + 2 * iters * m**3)
+
+
+def _project_flops(x: tuple[int, ...], *layers: object, **unused: object) -> int:
+    """As torch counts: a multiply-add is two; the norm, the rotation and the GELU are none."""
+    return 2 * 3 * math.prod(x) * x[-1]
+
+
+def _merge_flops(x: tuple[int, ...], *layers: object, **unused: object) -> int:
+    return 2 * math.prod(x) * (x[-1] + 9)
+
+
+def _conv_ffn_flops(
+    x: tuple[int, ...],
+    weight: object,
+    bias: object,
+    eps: object,
+    fc1: tuple[int, ...],
+    *layers: object,
+    **unused: object,
+) -> int:
+    return 2 * math.prod(x[:-1]) * fc1[0] * (2 * x[-1] + 9)
 
 
 def _attention_backward_fake(
@@ -230,6 +334,12 @@ def _attention_gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "lf_dense's native operators have no second derivative: use the backend 'reference' for it."
+    )
+
+
+def _no_gradient(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "lf_dense's operators of whole layers have no gradient: the layers themselves train in plain PyTorch."
     )
 
 
@@ -278,4 +388,13 @@ def register(library: str) -> torch.library.Library:
     ):
         torch.library.register_fake(f"{library}::{name}", fake)
         torch.library.register_autograd(f"{library}::{name}", _no_second_derivative)
+    register_flop_formula(operators.laplacian_attention)(_attention_flops)
+    for name, fake, flops in (
+        ("project_heads", _project_fake, _project_flops),
+        ("merge_heads", _like_first_fake, _merge_flops),
+        ("conv_ffn", _like_first_fake, _conv_ffn_flops),
+    ):
+        torch.library.register_fake(f"{library}::{name}", fake)
+        torch.library.register_autograd(f"{library}::{name}", _no_gradient)
+        register_flop_formula(getattr(operators, name))(flops)
     return autocast_rules

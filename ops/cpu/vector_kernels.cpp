@@ -257,6 +257,8 @@ void transpose(const T* src, int64_t src_stride, int64_t rows, int64_t cols, T* 
 
 // Channels added up before their sum joins the rest: long chains of additions would gather rounding errors.
 constexpr int64_t kSummed = 32;
+// The same of a product, where that costs more.
+constexpr int64_t kMultiplied = 64;
 
 // Register tiles: as many accumulators as leave room for the operands.
 constexpr int kRegisters = LF_VECTOR_BYTES == 64 ? 32 : 16;
@@ -370,45 +372,207 @@ void kernel_tile(const T* x, const T* y, int64_t y_stride, int64_t channels, int
   });
 }
 
+// What a product adds to: a number for each row, what is there already, or nothing.
+template <typename T>
+struct Start {
+  const T* bias;
+  bool accumulate;
+};
+
 template <typename T, int R, int C>
 inline void product_block(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b,
-                          int64_t b_stride, int64_t depth, bool accumulate) {
+                          int64_t b_stride, int64_t depth, Start<T> start) {
   constexpr int64_t lanes = Vector<T>::lanes;
-  vec<T> sum[R][C] = {};
-  if (accumulate) {
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) sum[r][c] = load(out + r * out_stride + c * lanes);
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    vec<T> row[C];
+  for (int64_t first = 0; first == 0 || first < depth; first += kMultiplied) {
+    const int64_t end = depth - first < kMultiplied ? depth : first + kMultiplied;
+    vec<T> sum[R][C] = {};
+    for (int64_t k = first; k < end; ++k) {
+      vec<T> row[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) row[c] = load(b + k * b_stride + c * lanes);
+      for (int c = 0; c < C; ++c) row[c] = load(b + k * b_stride + c * lanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const T factor = a[r * a_row + k * a_k];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sum[r][c] += factor * row[c];
+      }
+    }
+    const bool add = first > 0 || start.accumulate;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const T factor = a[r * a_row + k * a_k];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sum[r][c] += factor * row[c];
+      for (int c = 0; c < C; ++c) {
+        T* to = out + r * out_stride + c * lanes;
+        if (add) {
+          store(to, sum[r][c] + load(to));
+        } else if (start.bias) {
+          store(to, sum[r][c] + start.bias[r]);
+        } else {
+          store(to, sum[r][c]);
+        }
+      }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) store(out + r * out_stride + c * lanes, sum[r][c]);
 }
 
 template <typename T>
-void product(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride,
-             int64_t rows, int64_t depth, int64_t cols, bool accumulate) {
+inline void product_from(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b,
+                         int64_t b_stride, int64_t rows, int64_t depth, int64_t cols, Start<T> start) {
   constexpr int64_t lanes = Vector<T>::lanes;
   in_groups<4>(cols / lanes, [&](int64_t first_vector, int64_t vectors) {
     with_constant<4>(vectors, [&]<int C>(Constant<C>) {
       const int64_t column = first_vector * lanes;
       in_groups<kProductRows>(rows, [&](int64_t first, int64_t size) {
+        const Start<T> here{start.bias ? start.bias + first : nullptr, start.accumulate};
         with_constant<kProductRows>(size, [&]<int R>(Constant<R>) {
           product_block<T, R, C>(out + first * out_stride + column, out_stride, a + first * a_row, a_row, a_k,
-                                 b + column, b_stride, depth, accumulate);
+                                 b + column, b_stride, depth, here);
         });
       });
     });
   });
+}
+
+template <typename T>
+void product(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride,
+             int64_t rows, int64_t depth, int64_t cols, bool accumulate) {
+  product_from<T>(out, out_stride, a, a_row, a_k, b, b_stride, rows, depth, cols, {nullptr, accumulate});
+}
+
+template <typename T>
+void linear(T* out, int64_t out_stride, const T* a, int64_t a_row, const T* bias, const T* b,
+            int64_t b_stride, int64_t rows, int64_t depth, int64_t cols) {
+  product_from<T>(out, out_stride, a, a_row, 1, b, b_stride, rows, depth, cols, {bias, false});
+}
+
+// x Phi(x), where Phi(x) = 1/2 + x P(x^2) / Q(x^2) was fitted to the normal distribution on [-5.6, 5.6], to
+// 1e-8. Further left it is 0, which is right to 6e-8.
+inline vec<float> gelu(vec<float> x) {
+  constexpr float limit = 5.6f;
+  vec<float> z = x > limit ? vec<float>{} + limit : x;
+  z = z < -limit ? vec<float>{} - limit : z;
+  const vec<float> u = z * z;
+  vec<float> p = u * 2.2145283298e-8f + 6.3565237137e-6f;
+  p = p * u + 1.7385056383e-4f;
+  p = p * u + 4.7072584873e-3f;
+  p = p * u + 3.4376097408e-2f;
+  p = p * u + 3.9894222157e-1f;
+  vec<float> q = u * 1.1802104818e-6f + 7.5101829459e-5f;
+  q = q * u + 1.9129773683e-3f;
+  q = q * u + 2.8940081261e-2f;
+  q = q * u + 2.5283381088e-1f;
+  q = q * u + 1.0f;
+  const vec<float> result = x * (z * (p / q) + 0.5f);
+  return x < -limit ? vec<float>{} : result;
+}
+
+inline vec<double> gelu(vec<double> x) {
+  for (int lane = 0; lane < Vector<double>::lanes; ++lane)
+    x[lane] *= 0.5 * __builtin_erfc(-x[lane] * 0.70710678118654752440);
+  return x;
+}
+
+template <typename T>
+inline vec<T> where_set(vec<T> v, const T* mask) {
+  using bits = typename Vector<T>::bits;
+  return (vec<T>)((bits)v & (bits)load(mask));
+}
+
+template <typename T>
+void convolve_gelu(const T* x, int64_t stride, int64_t width, const T* left, const T* right, const T* weight,
+                   const T* bias, int64_t channels, int64_t tokens, T* out) {
+  for (int64_t c = 0; c < channels; ++c) {
+    vec<T> w[9];
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) w[tap] = vec<T>{} + weight[c * 9 + tap];
+    const vec<T> start = vec<T>{} + bias[c];
+    for (int64_t i = 0; i < tokens; i += Vector<T>::lanes) {
+      vec<T> side[3];
+#pragma GCC unroll 3
+      for (int dx = 0; dx < 3; ++dx) {
+        const T* middle = x + c * stride + i + dx - 1;
+        side[dx] = w[dx] * load_unaligned(middle - width) + w[3 + dx] * load_unaligned(middle) +
+                   w[6 + dx] * load_unaligned(middle + width);
+      }
+      const vec<T> sum = start + side[1] + where_set<T>(side[0], left + i) + where_set<T>(side[2], right + i);
+      store(out + c * tokens + i, gelu(sum));
+    }
+  }
+}
+
+template <typename T>
+inline T total(vec<T> v) {
+  T sum = 0;
+  for (int64_t lane = 0; lane < Vector<T>::lanes; ++lane) sum += v[lane];
+  return sum;
+}
+
+template <typename T>
+void normalize(const T* x, int64_t rows, int64_t channels, int64_t cols, const T* weight, const T* bias,
+               T eps, T* out) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  const int64_t whole = channels / lanes * lanes;
+  for (int64_t i = 0; i < rows; ++i, x += channels, out += cols) {
+    vec<T> sums = {}, squares = {};
+    for (int64_t c = 0; c < whole; c += lanes) sums += load_unaligned(x + c);
+    T mean = total<T>(sums), variance = 0;
+    for (int64_t c = whole; c < channels; ++c) mean += x[c];
+    mean /= channels;
+    for (int64_t c = 0; c < whole; c += lanes) {
+      const vec<T> centred = load_unaligned(x + c) - mean;
+      squares += centred * centred;
+    }
+    variance = total<T>(squares);
+    for (int64_t c = whole; c < channels; ++c) variance += (x[c] - mean) * (x[c] - mean);
+    const T factor = 1 / static_cast<T>(__builtin_sqrt(variance / channels + eps));
+    for (int64_t c = 0; c < whole; c += lanes)
+      store(out + c,
+            (load_unaligned(x + c) - mean) * factor * load_unaligned(weight + c) + load_unaligned(bias + c));
+    for (int64_t c = whole; c < channels; ++c) out[c] = (x[c] - mean) * factor * weight[c] + bias[c];
+    for (int64_t c = channels; c < cols; ++c) out[c] = 0;
+  }
+}
+
+template <typename T>
+void rotate(T* x, const T* cos, const T* sin, int64_t heads, int64_t head_dims, int64_t tokens) {
+  const int64_t half = head_dims / 2 * tokens;
+  for (int64_t head = 0; head < heads; ++head, x += 2 * half) {
+    for (int64_t i = 0; i < half; i += Vector<T>::lanes) {
+      const vec<T> a = load(x + i), b = load(x + half + i);
+      store(x + i, a * load(cos + i) + b * load(sin + i));
+      store(x + half + i, b * load(cos + half + i) + a * load(sin + half + i));
+    }
+  }
+}
+
+template <typename T>
+void convolve_add(const T* map, int64_t height, int64_t width, int64_t first, int64_t count, const T* weight,
+                  const T* bias, const T* added, int64_t channels, int64_t cols, T* out) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  for (int64_t i = 0; i < count; ++i, added += channels, out += cols) {
+    const int64_t row = (first + i) / width, column = (first + i) % width;
+    const T *near[9], *by[9];
+    int taps = 0;
+    for (int64_t y = row - 1; y <= row + 1; ++y) {
+      for (int64_t x = column - 1; x <= column + 1; ++x) {
+        if (y < 0 || y >= height || x < 0 || x >= width) continue;
+        near[taps] = map + (y * width + x) * channels;
+        by[taps++] = weight + ((y - row + 1) * 3 + x - column + 1) * channels;
+      }
+    }
+    int64_t c = 0;
+    for (; c + lanes <= channels; c += lanes) {
+      vec<T> sum = load_unaligned(added + c) + load_unaligned(bias + c);
+      for (int tap = 0; tap < taps; ++tap) sum += load_unaligned(by[tap] + c) * load_unaligned(near[tap] + c);
+      store(out + c, sum);
+    }
+    for (; c < channels; ++c) {
+      T sum = added[c] + bias[c];
+      for (int tap = 0; tap < taps; ++tap) sum += by[tap][c] * near[tap][c];
+      out[c] = sum;
+    }
+    for (; c < cols; ++c) out[c] = 0;
+  }
 }
 
 template <typename T, int J>
@@ -466,8 +630,19 @@ T floor_loop(int64_t steps) {
 
 template <typename T>
 constexpr Kernels<T> table() {
-  return {pack<T>,    unpack<T>,    transpose<T>,  kernel_tile<T>,
-          product<T>, sign_tile<T>, floor_loop<T>, kKernelRows * kKernelWidth * Vector<T>::lanes};
+  return {pack<T>,
+          unpack<T>,
+          transpose<T>,
+          kernel_tile<T>,
+          product<T>,
+          linear<T>,
+          convolve_gelu<T>,
+          normalize<T>,
+          rotate<T>,
+          convolve_add<T>,
+          sign_tile<T>,
+          floor_loop<T>,
+          kKernelRows * kKernelWidth * Vector<T>::lanes};
 }
 
 bool supported() {

@@ -51,6 +51,28 @@ struct Kernels {
   // out[r][c] (+)= sum_k a[r * a_row + k * a_k] b[k][c]; cols a multiple of kAlign.
   void (*product)(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b,
                   int64_t b_stride, int64_t rows, int64_t depth, int64_t cols, bool accumulate);
+  // out[r][c] = bias[r] + sum_k a[r * a_row + k] b[k][c]; cols a multiple of kAlign.
+  void (*linear)(T* out, int64_t out_stride, const T* a, int64_t a_row, const T* bias, const T* b,
+                 int64_t b_stride, int64_t rows, int64_t depth, int64_t cols);
+  // out[c][i] = GELU of bias[c] and the 3 x 3 neighbours of token i by weight[c][9]: tokens of a map of
+  // `width` columns lie in a row, channels `stride` apart, and x, of any alignment, is readable `width` + 1
+  // tokens to both sides. `left` and `right` have no bit set where a token has no neighbour on that side,
+  // and all bits elsewhere. out (channels, tokens); tokens a multiple of kAlign.
+  void (*convolve_gelu)(const T* x, int64_t stride, int64_t width, const T* left, const T* right,
+                        const T* weight, const T* bias, int64_t channels, int64_t tokens, T* out);
+  // Layer normalisation of `rows` contiguous rows of channels into rows of `cols`, padded with zeros; out
+  // alone is aligned.
+  void (*normalize)(const T* x, int64_t rows, int64_t channels, int64_t cols, const T* weight, const T* bias,
+                    T eps, T* out);
+  // x (channels, tokens) of heads, turned: x[c] cos[c] + x[c +- head_dims / 2] sin[c], tables (head_dims,
+  // tokens). tokens a multiple of kAlign.
+  void (*rotate)(T* x, const T* cos, const T* sin, int64_t heads, int64_t head_dims, int64_t tokens);
+  // out[i][c] = added[i][c] + bias[c] and the 3 x 3 neighbours, by weight[9][c], of token `first` + i of a
+  // map (height, width, channels) with zeros around; out in rows of `cols`, padded with zeros. Nothing here
+  // but out is aligned.
+  void (*convolve_add)(const T* map, int64_t height, int64_t width, int64_t first, int64_t count,
+                       const T* weight, const T* bias, const T* added, int64_t channels, int64_t cols,
+                       T* out);
   // t = w[j][i] sign(x_ic - y_jc), sign(0) = 0: dx[i][c] -= t and dy[j][c] += t; x, dx (rows, cols), y, dy
   // (m, cols), w (m, kTile).
   void (*sign_tile)(const T* x, const T* y, const T* w, int64_t rows, int64_t m, int64_t cols, T* dx, T* dy);

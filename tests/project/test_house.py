@@ -19,8 +19,9 @@ LONGEST_TOOL = 120
 SCRIPTS = ("setup_env.py", "build_mmcv.py", "gpu_check.py", "sanitize.py", "demo.py")
 # Imports run downwards: a module takes from its own floor and from those before it.
 FLOORS = (
-    ("errors", "files", "presets"),
+    ("allocator", "errors", "files", "presets"),
     ("backends",),
+    ("fusing",),
     ("functional",),
     ("attention",),
     ("blocks",),
@@ -38,6 +39,8 @@ FRAMEWORKS = {"mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain"}
 TORCH_ALONE = (
     "errors",
     "files",
+    "fusing",
+    "allocator",
     "presets",
     "backends",
     "functional",

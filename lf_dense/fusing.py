@@ -1,0 +1,40 @@
+"""When a block's layers run as native operators: the same function in fewer passes, without gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .backends import choose_backend, native
+
+
+def asks_gradient(x: Tensor, module: nn.Module) -> bool:
+    """Whether autograd will follow a module on this tensor."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in module.parameters()))
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether calling the modules inside does what their weights say and no more.
+
+    A module of another kind, a replaced, parametrized or pruned one, one that a hook watches and one that
+    drops something are not plain; nor is any while ``torch.jit`` traces, for tools that count the operations
+    in its graph.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    for part in module.modules():
+        if type(part) not in kinds or part._forward_hooks or part._forward_pre_hooks:
+            return False
+        if isinstance(part, nn.Dropout) and part.training and part.p > 0:
+            return False
+    return True
+
+
+def can_fuse(x: Tensor, module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether the native operators serve a plain module of these kinds on this tensor."""
+    return (
+        is_plain(module, *kinds)
+        and not asks_gradient(x, module)
+        and choose_backend(None, x.device) == "native"
+        and native.fuses_layers(x)
+    )

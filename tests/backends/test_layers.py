@@ -1,0 +1,403 @@
+"""The operators of whole layers: against float64 written out tap by tap, and when a block uses them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
+
+from lf_dense import LaplacianAttention, use_backend
+from lf_dense.attention import rotary_table
+from lf_dense.backends import native
+from lf_dense.blocks import Block, ConvFFN
+from support import ROOT
+
+obstacle = native.library_obstacle("cpu")
+pytestmark = pytest.mark.skipif(obstacle is not None, reason=str(obstacle))
+CALLS = ("conv_ffn", "project_heads", "merge_heads")
+# Odd sizes, one token, one row, maps cut into strips (more than 96 columns) and into many pieces.
+MAPS = [(1, 1), (1, 7), (9, 1), (5, 7), (13, 96), (3, 97), (40, 130), (2, 257)]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which of the operators were called."""
+    made = []
+
+    def note(name, call):
+        def noted(*args):
+            made.append(name)
+            return call(*args)
+
+        monkeypatch.setattr(native, name, noted)
+
+    for name in CALLS:
+        note(name, getattr(native, name))
+    return made
+
+
+def exact(layer: nn.Module) -> dict[str, np.ndarray]:
+    return {name: value.detach().double().numpy() for name, value in layer.named_parameters()}
+
+
+def exact_convolution(maps: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Depthwise 3 x 3 of ``(B, H, W, C)``, zeros around."""
+    height, width = maps.shape[1:3]
+    wide = np.pad(maps, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = [wide[:, y : y + height, x : x + width] * weight[:, 0, y, x] for y in range(3) for x in range(3)]
+    return sum(taps) + bias
+
+
+def exact_ffn(layer: ConvFFN, x: np.ndarray, hw_shape: tuple[int, int]) -> np.ndarray:
+    w = exact(layer)
+    hidden = x @ w["fc1.weight"].T + w["fc1.bias"]
+    maps = hidden.reshape(x.shape[0], *hw_shape, -1)
+    hidden = exact_convolution(maps, w["dwconv.weight"], w["dwconv.bias"]).reshape(hidden.shape)
+    erf = torch.erf(torch.from_numpy(hidden) / 2**0.5).numpy()
+    return (hidden * (1 + erf) / 2) @ w["fc2.weight"].T + w["fc2.bias"]
+
+
+def exact_heads(layer: LaplacianAttention, tokens: np.ndarray, hw_shape: tuple[int, int]) -> list[np.ndarray]:
+    w, table = exact(layer), rotary_table(hw_shape, layer.head_dims, torch.device("cpu"))
+    cos, sin = (part.double().numpy() for part in table)
+    results = []
+    for name in "qkv":
+        heads = tokens @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+        heads = heads.reshape(*tokens.shape[:2], layer.num_heads, layer.head_dims)
+        if name != "v" and layer.rotary:
+            first, second = np.split(heads, 2, axis=-1)
+            heads = heads * cos + np.concatenate([second, first], -1) * sin
+        results.append(heads.reshape(tokens.shape))
+    return results
+
+
+def error(found: torch.Tensor, wanted: np.ndarray) -> float:
+    return float(np.abs(found.double().numpy() - wanted).max() / np.abs(wanted).max())
+
+
+def spread(layer: nn.Module) -> nn.Module:
+    """Weights as large as trained ones, biases included."""
+    for weight in layer.parameters():
+        nn.init.normal_(weight, std=weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.3)
+    return layer.eval()
+
+
+def holds(found: torch.Tensor, plain: torch.Tensor, wanted: np.ndarray) -> None:
+    """The error is at most twice plain PyTorch's; an ulp covers results that happen to be exact there."""
+    allowed = 2 * error(plain, wanted) + 2 * torch.finfo(found.dtype).eps
+    assert error(found, wanted) <= allowed
+
+
+def exact_norm(layer: nn.LayerNorm, x: np.ndarray) -> np.ndarray:
+    w = exact(layer)
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + layer.eps) * w["weight"] + w["bias"]
+
+
+def build_block(channels: int, heads: int, ratio: int, **options: object) -> Block:
+    return spread(Block(channels, ratio, LaplacianAttention(channels, heads, **options), drop_path_rate=0.5))
+
+
+def watch_attention(block: Block, monkeypatch, attended: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Put a constant in the attention's place, and note what it is given."""
+    given = []
+
+    def attend(*inputs):
+        given.append([tensor.flatten(2) for tensor in inputs[:3]])
+        return attended
+
+    monkeypatch.setattr(block.attn, "attend", attend)
+    return given
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (64, 1, 8, {}),
+        (40, 2, 3, {"qkv_bias": False}),
+        (320, 5, 4, {}),
+        (8, 2, 1, {"rotary": False}),
+        (4, 1, 2, {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("hw_shape", MAPS, ids=str)
+@torch.no_grad()
+def test_a_block_is_the_literal_computation(hw_shape, settings, dtype, calls, monkeypatch):
+    channels, heads, ratio, options = settings
+    block = build_block(channels, heads, ratio, **options).to(dtype)
+    x = torch.randn(2, hw_shape[0] * hw_shape[1], channels, dtype=dtype)
+    table = rotary_table(hw_shape, channels // heads, x.device)
+    attended = torch.randn(2, x.shape[1], heads, channels // heads, dtype=dtype)
+    given = watch_attention(block, monkeypatch, attended)
+    found = block(x, hw_shape, table)
+    assert calls == ["project_heads", "merge_heads", "conv_ffn"]
+    with use_backend("reference"):
+        plain = block(x, hw_shape, table)
+    tokens = x.double().numpy()
+    heads_wanted = exact_heads(block.attn, exact_norm(block.norm1, tokens), hw_shape)
+    for ours, theirs, wanted in zip(*given, heads_wanted):
+        holds(ours, theirs, wanted)
+    w = exact(block.attn)
+    values = heads_wanted[2].reshape(2, *hw_shape, -1)
+    local = exact_convolution(values, w["dwconv.weight"], w["dwconv.bias"]).reshape(x.shape)
+    tokens = (
+        tokens + (local + attended.double().numpy().reshape(x.shape)) @ w["proj.weight"].T + w["proj.bias"]
+    )
+    holds(found, plain, tokens + exact_ffn(block.ffn, exact_norm(block.norm2, tokens), hw_shape))
+    strided = torch.stack([x, x], -1)[..., 0]
+    assert torch.equal(block(strided, hw_shape, table), found)
+
+
+def operator_calls(dtype):
+    block = build_block(8, 2, 3).to(dtype)
+    attn, ffn = block.attn, block.ffn
+    x, maps = torch.randn(2, 12, 8, dtype=dtype), torch.randn(2, 3, 4, 8, dtype=dtype)
+    table = [part.to(dtype) for part in rotary_table((3, 4), 4, x.device)]
+    ops = torch.ops.lf_dense
+
+    def weights(*layers):
+        return [weight.detach() for layer in layers for weight in (layer.weight, layer.bias)]
+
+    return [
+        (ops.project_heads, (x, *weights(block.norm1), 1e-6, *weights(attn.q, attn.k, attn.v), *table)),
+        (ops.merge_heads, (x, torch.randn_like(x), maps, *weights(attn.dwconv, attn.proj))),
+        (ops.conv_ffn, (maps, *weights(block.norm2), 1e-6, *weights(ffn.fc1, ffn.dwconv, ffn.fc2))),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck(dtype):
+    for operator, args in operator_calls(dtype):
+        torch.library.opcheck(operator, args)
+
+
+def test_a_gradient_is_refused_by_name():
+    for operator, args in operator_calls(torch.float32):
+        found = operator(args[0].requires_grad_(), *args[1:])
+        with pytest.raises(NotImplementedError, match="no gradient"):
+            (found[0] if isinstance(found, (tuple, list)) else found).sum().backward()
+
+
+@pytest.mark.parametrize("operator", range(3))
+def test_wrong_shapes_are_refused(operator):
+    call, args = operator_calls(torch.float32)[operator]
+    for index, tensor in enumerate(args):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        wrong = [
+            *args[:index],
+            torch.cat([tensor, tensor], 1 if tensor.ndim == 4 and index else -1),
+            *args[index + 1 :],
+        ]
+        with pytest.raises(RuntimeError, match="lf_dense"):
+            call(*wrong)
+
+
+def run(block: Block, x: torch.Tensor, hw_shape: tuple[int, int]) -> torch.Tensor:
+    return block(x, hw_shape, rotary_table(hw_shape, block.attn.head_dims, x.device))
+
+
+@torch.no_grad()
+def test_the_same_bits_on_any_number_of_threads_and_from_any_cut(monkeypatch):
+    block = build_block(16, 2, 4)
+    watch_attention(block, monkeypatch, torch.randn(1, 70 * 150, 2, 8))
+    x = torch.randn(1, 70 * 150, 16)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            found.append(run(block, x, (70, 150)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+@torch.no_grad()
+def test_nan_stays_in_its_neighbourhood():
+    block = build_block(16, 2, 2)
+    x = torch.randn(1, 9, 11, 16)
+    for row, column in [(0, 0), (4, 10), (5, 0), (8, 10)]:
+        spoilt = x.clone()
+        spoilt[0, row, column] = float("nan")
+        found = native.conv_ffn(
+            spoilt.flatten(1, 2), (9, 11), block.norm2, block.ffn.fc1, block.ffn.dwconv, block.ffn.fc2
+        )
+        near = [
+            [y, z]
+            for y in range(max(0, row - 1), min(9, row + 2))
+            for z in range(max(0, column - 1), min(11, column + 2))
+        ]
+        assert found.isnan().any(-1).view(9, 11).nonzero().tolist() == near
+        assert found.isnan().all(-1).view(9, 11).nonzero().tolist() == near
+
+
+@torch.no_grad()
+def test_gelu_of_large_numbers():
+    """A network that returns the GELU of its convolution's bias: far left 0, far right the number itself."""
+    numbers = torch.cat([torch.linspace(-12, 12, 4092), torch.tensor([-3e38, -1e4, 1e4, 3e38])])
+    layer, norm = ConvFFN(4096, 4096, 0.0), nn.LayerNorm(4096)
+    for weight in (layer.fc1.weight, layer.fc1.bias, layer.fc2.bias, layer.dwconv.weight):
+        weight.zero_()
+    layer.fc2.weight.copy_(torch.eye(4096))
+    layer.dwconv.bias.copy_(numbers)
+    found = native.conv_ffn(torch.zeros(1, 1, 4096), (1, 1), norm, layer.fc1, layer.dwconv, layer.fc2)[0, 0]
+    wanted = nn.functional.gelu(numbers.double())
+    assert ((found - wanted).abs() <= 1.2e-6 + 1e-7 * wanted.abs()).all()
+
+
+class Watched(nn.Linear):
+    """A layer that is not torch's own."""
+
+
+class OwnAttention(LaplacianAttention):
+    """A layer that is not ours."""
+
+
+def hooked_deep_inside(block):
+    block.ffn.fc1.register_forward_hook(lambda *unused: None)
+
+
+def hooked(block):
+    block.attn.register_forward_pre_hook(lambda *unused: None)
+
+
+def replaced(block):
+    block.ffn.fc2 = Watched(64, 16)
+
+
+def another_attention(block):
+    block.attn = OwnAttention(16, 2)
+
+
+def pruned(block):
+    prune.random_unstructured(block.ffn.fc1, "weight", 0.5)
+
+
+def dropping(block):
+    block.ffn.drop.p = 0.5
+    block.train()
+
+
+def dropping_paths(block):
+    block.train()
+
+
+CHANGES = [hooked_deep_inside, hooked, replaced, another_attention, pruned, dropping, dropping_paths]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_layers_that_do_more_than_their_weights_say_run_by_themselves(change, calls):
+    block = build_block(16, 2, 4)
+    change(block)
+    run(block, torch.randn(1, 6, 16), (2, 3))
+    assert calls == []
+
+
+def test_what_asks_for_a_gradient_trains_in_plain_pytorch(calls):
+    block, x = build_block(16, 2, 4), torch.randn(1, 6, 16)
+    run(block, x, (2, 3)).sum().backward()
+    assert all(weight.grad is not None for weight in block.parameters())
+    block.requires_grad_(False)
+    assert run(block, x.requires_grad_(), (2, 3)).requires_grad
+    assert calls == []
+    run(block, x.detach(), (2, 3))
+    assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_a_learnt_scale_reaches_the_attention(calls):
+    block, x = build_block(16, 2, 4, learn_kernel_scale=True), torch.randn(1, 12, 16)
+    found = run(block, x, (3, 4))
+    assert len(calls) == 3
+    with use_backend("reference"):
+        torch.testing.assert_close(found, run(block, x, (3, 4)), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_narrow_tensors_autocast_and_traces_run_by_themselves(calls):
+    block, x = build_block(16, 2, 4), torch.randn(1, 6, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(block, x, (2, 3))
+    run(block.bfloat16(), x.bfloat16(), (2, 3))
+    block.float().requires_grad_(False)
+    with use_backend("reference"):
+        run(block, x, (2, 3))
+    torch.jit.trace(lambda tokens: run(block, tokens, (2, 3)), x, check_trace=False)
+    assert calls == []
+
+
+@torch.no_grad()
+def test_torch_counts_their_operations(calls):
+    block, x = build_block(16, 2, 4), torch.randn(2, 15, 16)
+    counts = []
+    for backend in ("native", "reference"):
+        with use_backend(backend), FlopCounterMode(display=False) as counter:
+            run(block, x, (3, 5))
+        # Pooling the landmarks and the attention of the reference are products too; the layers alone count.
+        by_operator = {str(name).split(".")[-1]: n for name, n in counter.get_flop_counts()["Global"].items()}
+        counts.append(sum(by_operator.get(name, 0) for name in (*CALLS, "addmm", "convolution")))
+    assert calls
+    assert counts[0] == counts[1] > 0
+
+
+@torch.no_grad()
+def test_one_graph_for_all_sizes(calls):
+    """Without gradients torch.compile keeps the operators, in one graph."""
+    block = build_block(16, 2, 4)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for hw_shape in [(4, 5), (7, 3), (6, 11)]:
+        x = torch.randn(2, hw_shape[0] * hw_shape[1], 16)
+        torch.testing.assert_close(compiled(block, x, hw_shape), run(block, x, hw_shape))
+    assert "conv_ffn" in calls
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+@pytest.mark.parametrize("hw_shape", [(1, 5), (7, 4), (11, 3)], ids=str)
+@torch.no_grad()
+def test_strips_give_the_bits_of_the_whole(hw_shape, rows, monkeypatch):
+    layer = spread(ConvFFN(16, 64, 0.0))
+    x = torch.randn(2, hw_shape[0] * hw_shape[1], 16)
+    heights, whole = [], layer.whole
+
+    def note(tokens, shape):
+        heights.append(shape[0])
+        return whole(tokens, shape)
+
+    monkeypatch.setattr(layer, "whole", note)
+    monkeypatch.setattr("lf_dense.blocks.STRIP_BYTES", {"cpu": rows * 2 * hw_shape[1] * 64 * 4})
+    found = layer(x, hw_shape)
+    assert len(heights) == -(-hw_shape[0] // rows)
+    assert max(heights) <= rows + 2
+    assert torch.equal(found, whole(x, hw_shape))
+
+
+@pytest.mark.parametrize("name", ["avx2", "plain"])
+def test_other_instruction_sets(name):
+    if name not in native.build_info()["instruction_sets_supported"]:
+        pytest.skip(f"this processor does not run {name}")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "literal or gelu",
+    ]
+    environment = {**os.environ, "LF_DENSE_INSTRUCTION_SET": name, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert " passed" in done.stdout
