@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "lf_dense", "ops", "tests")
 # Those that exist are run.
-TESTS = ("tests/backends/test_mathematics.py", "tests/backends/test_native.py")
+TESTS = tuple(f"tests/backends/test_{name}.py" for name in ("mathematics", "native", "layers"))
 # Other tests cover the plain PyTorch reference.
 SELECTION = "not reference-cpu"
 CXXFLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"

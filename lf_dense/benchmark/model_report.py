@@ -190,14 +190,14 @@ def draw_lines(axes: Axes, rows: Sequence[Record], column: str, factor: float, u
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(right=max(ticks) * 1.15)
     low, high = (math.log(limit) for limit in axes.get_ylim())
-    gap, last = (high - low) / 22, -math.inf
-    # Names keep a line's distance from each other, and a thin line leads to what they name.
-    for place, x, y, label, colour, ours in sorted(ends):
-        last = max(place, last + gap)
+    ends.sort()
+    places = apart([end[0] for end in ends], (high - low) / 20)
+    # A thin line leads from a name to what it names.
+    for place, (_, x, y, label, colour, ours) in zip(places, ends):
         axes.annotate(
             label,
             (x, y),
-            xytext=(max(ticks) * 1.35, math.exp(last)),
+            xytext=(max(ticks) * 1.35, math.exp(place)),
             textcoords="data",
             color=colour,
             fontsize=9,
@@ -211,8 +211,21 @@ def draw_lines(axes: Axes, rows: Sequence[Record], column: str, factor: float, u
                 "linewidth": 0.7,
                 "shrinkA": 0,
                 "shrinkB": 2,
+                "relpos": (0, 0.5),
             },
         )
+
+
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """Sorted places moved so that neighbours keep a gap, each group about where it was."""
+    groups: list[tuple[float, int]] = []  # middle and number of those that touch
+    for place in places:
+        middle, count = place, 1
+        while groups and middle - (count - 1) / 2 * gap < groups[-1][0] + (groups[-1][1] + 1) / 2 * gap:
+            below, fewer = groups.pop()
+            middle, count = (middle * count + below * fewer) / (count + fewer), count + fewer
+        groups.append((middle, count))
+    return [middle + (i - (count - 1) / 2) * gap for middle, count in groups for i in range(count)]
 
 
 def read_results(path: Path) -> list[Record]:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lf_dense import LaplacianAttention, use_backend
 from lf_dense.attention import rotary_table
-from lf_dense.backends import native
+from lf_dense.backends import exporting, native
 from lf_dense.blocks import Block, ConvFFN
 from support import ROOT
 
@@ -380,6 +380,23 @@ def test_strips_give_the_bits_of_the_whole(hw_shape, rows, monkeypatch):
     assert len(heights) == -(-hw_shape[0] // rows)
     assert max(heights) <= rows + 2
     assert torch.equal(found, whole(x, hw_shape))
+
+
+@pytest.mark.parametrize(("ratio", "groups"), [(8, 4), (9, 4), (4, 1)])
+@torch.no_grad()
+def test_exported_networks_add_up_groups_of_hidden_channels(ratio, groups, monkeypatch):
+    layer, x = spread(ConvFFN(16, 16 * ratio, 0.0)), torch.randn(2, 35, 16)
+    convolutions, convolve = [], torch.nn.functional.conv2d
+
+    def note(maps, *arguments, **options):
+        convolutions.append(maps.shape[1])
+        return convolve(maps, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", note)
+    with exporting("standard"):
+        found = layer(x, (5, 7))
+    assert convolutions == [16 * ratio // groups] * groups
+    holds(found, layer.whole(x, (5, 7)), exact_ffn(layer, x.double().numpy(), (5, 7)))
 
 
 @pytest.mark.parametrize("name", ["avx2", "plain"])

@@ -7,6 +7,8 @@ import json
 from typing import ClassVar
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("mmengine")
 
@@ -147,6 +149,17 @@ def test_exponents_are_the_slopes_of_the_large_sizes():
     assert model_report.exponent(rows[:3], "seconds") is None
     assert "| LaplacianFormer-Tiny |" in model_report.tables(rows)
     assert "| 1.50 |" in model_report.tables(rows)
+
+
+@given(st.lists(st.floats(-50, 50), max_size=12), st.floats(0.1, 5))
+def test_names_in_a_plot_keep_their_distance(places, gap):
+    places = sorted(places)
+    found = model_report.apart(places, gap)
+    assert len(found) == len(places)
+    assert all(after - before >= gap - 1e-9 for before, after in zip(found, found[1:]))
+    assert sum(found) == pytest.approx(sum(places), abs=1e-6)
+    far = [20 * gap * i for i in range(5)]
+    assert model_report.apart(far, gap) == far
 
 
 def test_comparison_says_what_became_slower():
