@@ -142,12 +142,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.ffn = ConvFFN(embed_dims, embed_dims * mlp_ratio, drop_rate)
         self.drop_path = DropPath(drop_path_rate)
+        self.ffn_with_cp = False
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor]) -> Tensor:
         drops = self.training and self.drop_path.rate > 0
         if not drops and can_fuse(x, self, Block, LaplacianAttention, ConvFFN, DropPath, *LAYERS):
             return self.fused(x, hw_shape, table)
         x = x + self.drop_path(self.attn(self.norm1(x), hw_shape, table))
+        if self.ffn_with_cp and self.training and torch.is_grad_enabled():
+            return x + self.drop_path(checkpoint(self.ffn, self.norm2(x), hw_shape, use_reentrant=False))
         return x + self.drop_path(self.ffn(self.norm2(x), hw_shape))
 
     def fused(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor]) -> Tensor:
@@ -166,13 +169,20 @@ class Stage(nn.Module):
     """Patch embedding, blocks and output norm of one resolution; all its blocks share one rotary table."""
 
     def __init__(
-        self, patch_embed: PatchEmbed, blocks: Sequence[Block], embed_dims: int, with_cp: bool = False
+        self,
+        patch_embed: PatchEmbed,
+        blocks: Sequence[Block],
+        embed_dims: int,
+        with_cp: bool = False,
+        ffn_with_cp: bool = False,
     ) -> None:
         super().__init__()
         self.patch_embed = patch_embed
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
         self.with_cp = with_cp
+        for block in blocks:
+            block.ffn_with_cp = ffn_with_cp and not with_cp
         attention: Any = blocks[0].attn
         self.head_dims: int = attention.head_dims
 

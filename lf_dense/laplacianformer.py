@@ -71,6 +71,8 @@ class LaplacianFormer(BaseModule):
         out_channels_last: return the maps as they lie in memory, channels-last, and save one copy of each.
             For necks and heads of torch's own operators alone: mmcv's RoIAlign reads such maps as if they had
             the usual layout, without an error.
+        ffn_with_cp: like ``with_cp``, for the feed-forward networks alone: their hidden maps are most of what
+            a block keeps.
         init_cfg: mmengine initialisation, ``dict(type="Pretrained", checkpoint=...)`` for example. None keeps
             the default: truncated normal of 0.02 for linear layers, fan-out normal for convolutions.
 
@@ -101,6 +103,7 @@ class LaplacianFormer(BaseModule):
         rotary: bool = True,
         learn_kernel_scale: bool = False,
         out_channels_last: bool = False,
+        ffn_with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
@@ -163,7 +166,7 @@ class LaplacianFormer(BaseModule):
                 kernel_size=7 if first else 3,
                 stride=4 if first else 2,
             )
-            self.stages.append(Stage(patch_embed, blocks, dims, with_cp))
+            self.stages.append(Stage(patch_embed, blocks, dims, with_cp, ffn_with_cp))
         # What no output depends on would stop a distributed run for want of gradients; it stays, so that
         # weights fit.
         self.stages[self.out_indices[-1] + 1 :].requires_grad_(False)

@@ -17,7 +17,7 @@ _COMMAND = "lf-dense"
 
 
 def runs_a_tool() -> bool:
-    """Whether the program is one of our tools: a script of ``tools/``, ``lf-dense`` or ``python -m lf_dense``."""
+    """Whether the program is a tool of ours: of ``tools/``, ``lf-dense`` or ``python -m lf_dense``."""
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     if script is None:
         return getattr(sys, "orig_argv", [])[1:3] == ["-m", "lf_dense"]
