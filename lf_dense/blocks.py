@@ -89,14 +89,9 @@ class ConvFFN(nn.Module):
         groups = EXPORTED_GROUPS if self.fc1.out_features >= 8 * self.fc1.in_features else 1
         if groups == 1:
             return self.whole(x, hw_shape)
-        parts = zip(
-            self.fc1.weight.chunk(groups),
-            self.fc1.bias.chunk(groups),
-            self.dwconv.weight.chunk(groups),
-            self.dwconv.bias.chunk(groups),
-            self.fc2.weight.chunk(groups, 1),
-        )
-        out = self.fc2.bias
+        by_rows: list[Any] = [self.fc1.weight, self.fc1.bias, self.dwconv.weight, self.dwconv.bias]
+        parts = zip(*(tensor.chunk(groups) for tensor in by_rows), self.fc2.weight.chunk(groups, 1))
+        out: Tensor = self.fc2.bias
         for weight, bias, taps, taps_bias, last in parts:
             hidden = tokens_to_map(F.linear(x, weight, bias), hw_shape)
             hidden = F.conv2d(hidden, taps, taps_bias, padding=1, groups=taps.shape[0])

@@ -191,9 +191,9 @@ def draw_lines(axes: Axes, rows: Sequence[Record], column: str, factor: float, u
     axes.set_xlim(right=max(ticks) * 1.15)
     low, high = (math.log(limit) for limit in axes.get_ylim())
     ends.sort()
-    places = apart([end[0] for end in ends], (high - low) / 20)
+    labels = apart([end[0] for end in ends], (high - low) / 20)
     # A thin line leads from a name to what it names.
-    for place, (_, x, y, label, colour, ours) in zip(places, ends):
+    for place, (_, x, y, label, colour, ours) in zip(labels, ends):
         axes.annotate(
             label,
             (x, y),
