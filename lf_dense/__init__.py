@@ -8,7 +8,6 @@ from importlib.util import find_spec as _find_spec
 
 from . import export
 from .allocator import keep_memory
-from .threads import settle as _settle_threads
 
 __version__ = "0.1.0"
 
@@ -29,7 +28,6 @@ __all__ = [
     "use_backend",
 ]
 
-_settle_threads()
 _missing = ""
 if _find_spec("torch") is None:
     _missing = "torch: pip install torch"

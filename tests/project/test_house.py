@@ -19,7 +19,7 @@ LONGEST_TOOL = 120
 SCRIPTS = ("setup_env.py", "build_mmcv.py", "gpu_check.py", "sanitize.py", "demo.py")
 # Imports run downwards: a module takes from its own floor and from those before it.
 FLOORS = (
-    ("allocator", "errors", "files", "presets", "threads"),
+    ("allocator", "errors", "files", "presets"),
     ("backends",),
     ("fusing",),
     ("functional",),
@@ -42,7 +42,6 @@ TORCH_ALONE = (
     "fusing",
     "allocator",
     "presets",
-    "threads",
     "backends",
     "functional",
     "attention",
