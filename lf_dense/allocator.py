@@ -17,7 +17,7 @@ def keep_memory() -> bool:
     glibc gives large blocks back when they are freed, and the next step's first touch of every page enters
     the kernel again: half the time of a model's step on a CPU. Kept, the process stays at its highest
     resident size between steps, and that grows a little, since blocks no longer fit each other's places
-    exactly (docs/benchmark.md has figures). Our tools call this; nothing does on import.
+    exactly. Our tools call this; nothing does on import.
 
     Returns:
         Whether memory is kept. False without glibc (macOS, Windows, musl), and where the user has set the
@@ -25,15 +25,19 @@ def keep_memory() -> bool:
     """
     if any(name in os.environ for name in _VARIABLES) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
-        return False
+    library = _glibc()
     # No block is mapped by itself, and the heap's end is never given back.
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    return bool(library and library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def give_back() -> None:
     """Give freed memory back to the system once; blocks that are kept all the same fill up again later."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    library = _glibc()
+    if library:
+        library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process, where it is glibc."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "gnu_get_libc_version") else None

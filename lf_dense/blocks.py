@@ -130,6 +130,7 @@ class Block(nn.Module):
         attn: nn.Module,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        ffn_with_cp: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
@@ -137,7 +138,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.ffn = ConvFFN(embed_dims, embed_dims * mlp_ratio, drop_rate)
         self.drop_path = DropPath(drop_path_rate)
-        self.ffn_with_cp = False
+        self.ffn_with_cp = ffn_with_cp
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor]) -> Tensor:
         drops = self.training and self.drop_path.rate > 0
@@ -164,20 +165,13 @@ class Stage(nn.Module):
     """Patch embedding, blocks and output norm of one resolution; all its blocks share one rotary table."""
 
     def __init__(
-        self,
-        patch_embed: PatchEmbed,
-        blocks: Sequence[Block],
-        embed_dims: int,
-        with_cp: bool = False,
-        ffn_with_cp: bool = False,
+        self, patch_embed: PatchEmbed, blocks: Sequence[Block], embed_dims: int, with_cp: bool = False
     ) -> None:
         super().__init__()
         self.patch_embed = patch_embed
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
         self.with_cp = with_cp
-        for block in blocks:
-            block.ffn_with_cp = ffn_with_cp and not with_cp
         attention: Any = blocks[0].attn
         self.head_dims: int = attention.head_dims
 

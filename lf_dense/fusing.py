@@ -33,8 +33,8 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 def can_fuse(x: Tensor, module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether the native operators serve a plain module of these kinds on this tensor."""
     return (
-        is_plain(module, *kinds)
-        and not asks_gradient(x, module)
+        not asks_gradient(x, module)
+        and is_plain(module, *kinds)
         and choose_backend(None, x.device) == "native"
         and native.fuses_layers(x)
     )

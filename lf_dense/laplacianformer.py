@@ -156,6 +156,7 @@ class LaplacianFormer(BaseModule):
                     ),
                     drop_rate,
                     next(drop_path_rates),
+                    ffn_with_cp and not with_cp,
                 )
                 for _ in range(self.depths[index])
             ]
@@ -166,7 +167,7 @@ class LaplacianFormer(BaseModule):
                 kernel_size=7 if first else 3,
                 stride=4 if first else 2,
             )
-            self.stages.append(Stage(patch_embed, blocks, dims, with_cp, ffn_with_cp))
+            self.stages.append(Stage(patch_embed, blocks, dims, with_cp))
         # What no output depends on would stop a distributed run for want of gradients; it stays, so that
         # weights fit.
         self.stages[self.out_indices[-1] + 1 :].requires_grad_(False)

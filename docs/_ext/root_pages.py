@@ -12,13 +12,17 @@ LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s]+)\)")
 TO_ROOT = re.compile(r"\]\(\.\./([A-Z]+\.md)(#[^)\s]*)?\)")
 
 
+def has_page(page: str) -> bool:
+    return (ROOT / "docs" / page).is_file()
+
+
 def page_link(match: re.Match[str]) -> str:
     """A link of a root file as a link of a page in ``docs/``."""
     target = match[1]
     if target.startswith("docs/"):
         return f"]({target.removeprefix('docs/')})"
     page = target.lower()
-    if (ROOT / "docs" / page).is_file():
+    if has_page(page):
         return f"]({page})"
     return f"](../{target})"
 
@@ -26,7 +30,7 @@ def page_link(match: re.Match[str]) -> str:
 def root_link(match: re.Match[str]) -> str:
     """A page's link to a file of the root as a link to the page that includes it, where there is one."""
     page = match[1].lower()
-    return f"]({page}{match[2] or ''})" if (ROOT / "docs" / page).is_file() else match[0]
+    return f"]({page}{match[2] or ''})" if has_page(page) else match[0]
 
 
 def link_pages(app: Sphinx, docname: str, content: list[str]) -> None:

@@ -26,7 +26,6 @@ MAX_CUDA_HEAD_DIMS, MAX_CUDA_HEAD_DIMS_IN_99_KB = 128, 64
 MIN_CUDA_CAPABILITY = (8, 0)
 # The operators' namespace in torch.ops; the tests put the emulated CUDA operators in its place.
 LIBRARY = "lf_dense"
-WIDE = (torch.float32, torch.float64)
 _FOLDER = Path(__file__).parent
 
 
@@ -173,7 +172,9 @@ def fuses_layers(x: Tensor) -> bool:
 
     They are written for the CPU. Autocast asks for narrow products, and theirs are float32 or wider.
     """
-    return x.device.type == "cpu" and x.dtype in WIDE and not torch.is_autocast_enabled("cpu")
+    return (
+        x.device.type == "cpu" and x.dtype == compute_dtype(x.dtype) and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def project_heads(
@@ -259,6 +260,19 @@ def _like_first_fake(x: Tensor, *layers: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def laplacian_attention_macs(
+    num_heads: int, num_tokens: int, num_landmarks: int, head_dims: int, iters: int
+) -> int:
+    """Operations of one call of ``laplacian_attention`` for one image under ``"mass"``.
+
+    Three kernel matrices (queries, keys, landmarks), ``C_k^T V`` and ``C_q U`` with their mass columns, and
+    two products of m x m matrices per solver step.
+    """
+    kernels = (2 * num_tokens + num_landmarks) * num_landmarks * head_dims
+    products = 2 * num_tokens * num_landmarks * (head_dims + 1) + num_landmarks**2 * (head_dims + 1)
+    return num_heads * (kernels + products + 2 * iters * num_landmarks**3)
+
+
 def _attention_flops(
     q: tuple[int, ...],
     k: object,
@@ -269,10 +283,8 @@ def _attention_flops(
     *rest: object,
     **unused: object,
 ) -> int:
-    """Kernels, a subtraction and its absolute value being a multiply-add; products; the solver."""
-    (batch, heads, tokens, dims), m = q, landmarks[2]
-    kernels, products = (2 * tokens + m) * m * dims, (2 * tokens + m) * m * (dims + 1)
-    return 2 * batch * heads * (kernels + products + 2 * iters * m**3)
+    batch, heads, tokens, dims = q
+    return 2 * batch * laplacian_attention_macs(heads, tokens, landmarks[2], dims, iters)
 
 
 def _project_flops(x: tuple[int, ...], *layers: object, **unused: object) -> int:

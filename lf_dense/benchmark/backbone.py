@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..errors import UsageError
 from ..presets import ARCHS
+from .candidates import BACKBONES
 from .options import MIN_SIDE, find_device, positive_int, require_mmengine
 from .report import markdown_head, markdown_row
 from .timing import take_turns, timed
@@ -87,13 +88,8 @@ def build_other_backbones() -> dict[str, nn.Module]:
         from ..frameworks import FRAMEWORKS
 
         raise UsageError(f"--peers cannot be used: {FRAMEWORKS['mmdet'].how_to_install}")
-    from mmdet.models.backbones import PyramidVisionTransformerV2, ResNet, SwinTransformer
-
-    return {
-        "PVTv2-B1": PyramidVisionTransformerV2(embed_dims=64, num_layers=[2, 2, 2, 2]),
-        "Swin-T": SwinTransformer(),
-        "ResNet-50": ResNet(50),
-    }
+    others = (BACKBONES[name] for name in ("pvtv2-b1", "swin-t", "resnet-50"))
+    return {other.label: other.build() for other in others}
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..errors import UsageError
 from ..presets import ARCHS
+from .step import random_batch
 
-BOXES_PER_IMAGE = 8
 # A config's backbone gives way to ours of this arch: CONFIG@tiny.
 SWAP = "@"
 
@@ -230,13 +230,8 @@ def _whole_model(name: str, settings: Settings, device: torch.device) -> tuple[n
 
 
 def _detection_batch(config: Any, batch: int, size: tuple[int, int]) -> dict[str, Any]:
-    from mmdet.testing import demo_mm_inputs
-
     masks = "mask" in str(config.model.get("roi_head", {}).get("mask_head", ""))
-    made: dict[str, Any] = demo_mm_inputs(
-        batch, [(3, *size)] * batch, [BOXES_PER_IMAGE] * batch, 80, with_mask=masks
-    )
-    return made
+    return random_batch(batch, size, with_mask=masks)
 
 
 def _segmentation_batch(config: Any, batch: int, size: tuple[int, int]) -> dict[str, Any]:

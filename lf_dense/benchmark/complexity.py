@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention import LaplacianAttention
+from ..backends.native import laplacian_attention_macs
 from ..laplacianformer import LaplacianFormer
 from .report import markdown_head, markdown_row
 
@@ -30,19 +31,6 @@ class Complexity(NamedTuple):
     params: int
     macs: int
     attention_macs: int
-
-
-def laplacian_attention_macs(
-    num_heads: int, num_tokens: int, num_landmarks: int, head_dims: int, iters: int
-) -> int:
-    """Operations of one call of ``laplacian_attention`` for one image under ``"mass"``.
-
-    Three kernel matrices (queries, keys, landmarks), ``C_k^T V`` and ``C_q U`` with their mass columns, and
-    two products of m x m matrices per solver step.
-    """
-    kernels = (2 * num_tokens + num_landmarks) * num_landmarks * head_dims
-    products = 2 * num_tokens * num_landmarks * (head_dims + 1) + num_landmarks**2 * (head_dims + 1)
-    return num_heads * (kernels + products + 2 * iters * num_landmarks**3)
 
 
 def count(backbone: nn.Module, input_size: tuple[int, int] = (224, 224)) -> Complexity:

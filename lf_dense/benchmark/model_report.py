@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..files import write_atomically
+from ..training.curves import save_figure
 from .report import Record, markdown_head, markdown_row, three_digits
 from .rounds import key_of
 
@@ -136,27 +137,21 @@ def write_csv(path: Path, rows: Iterable[Record]) -> None:
 
 def draw(folder: Path, rows: Sequence[Record], machine: str) -> list[Path]:
     """Draw latency and memory over pixels for each way to run that has two sizes; return the files."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     written = []
     for settings, same in by_settings(rows).items():
         good = [row for row in same if row["outcome"] == "ok"]
         if len({row["size"] for row in good}) < 2:
             continue
-        figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+        figure = Figure(figsize=(13, 5.2), layout="constrained")
+        axes = figure.subplots(1, 2)
         draw_lines(axes[0], good, "seconds", 1e3, "milliseconds")
         draw_lines(axes[1], good, "peak_bytes", 2**-20, "MiB above the loaded model")
         figure.suptitle(f"{title_of(settings)}; {machine}", fontsize=11)
         direction, dtype, compiled, memory, batch = settings
         stem = f"{direction}_{dtype}{'_compiled' if compiled else ''}_{memory.replace(' ', '-')}_b{batch}"
-        stream = io.BytesIO()
-        figure.savefig(stream, dpi=110, format="png")
-        plt.close(figure)
-        write_atomically(folder / f"{stem}.png", stream.getvalue())
-        written.append(folder / f"{stem}.png")
+        written.append(save_figure(figure, folder / f"{stem}.png"))
     return written
 
 

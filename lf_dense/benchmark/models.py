@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
+from .. import __version__
 from ..errors import UsageError
+from ..files import write_atomically
 from . import candidates, model_report
 from .candidates import PRESETS, Settings
 from .options import find_device, image_size, positive_float, positive_int, require_mmengine
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         args.memory_gib or 0.9 * available_gib(),
         args.threads or torch.get_num_threads(),
     )
-    about = {**describe_machine(device), "threads": limits.threads, "lf_dense": _version()}
+    about = {**describe_machine(device), "threads": limits.threads, "lf_dense": __version__}
     path = args.out / "results.jsonl"
     check_same(path, about)
     measuring = Run(path, str(device), limits, _progress())
@@ -113,7 +115,7 @@ def _report(args: argparse.Namespace, rows: list[dict], about: dict, before: lis
     write_json(args.out / "results.json", about, rows)
     model_report.write_csv(args.out / "results.csv", rows)
     text = model_report.tables(rows)
-    (args.out / "results.md").write_text(text)
+    write_atomically(args.out / "results.md", text.encode())
     machine = f"{about['device_name']}, {about['threads']} threads, torch {about['torch']}"
     pictures = model_report.draw(args.out, rows, machine)
     print(f"\n{machine}, {about['date']}\n\n{text}")
@@ -123,12 +125,6 @@ def _report(args: argparse.Namespace, rows: list[dict], about: dict, before: lis
     table, regressed = model_report.compare(rows, before, args.allow)
     print(f"\n{table}")
     return int(regressed)
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return __version__
 
 
 def _progress() -> Callable[[str], None]:

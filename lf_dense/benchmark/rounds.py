@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UsageError
+from ..files import read_json_lines, write_atomically
 from .candidates import Settings, label_of
 from .report import Record
 from .worker import Failure, First, Sample, Worker
@@ -71,16 +72,8 @@ def key_of(row: Record) -> str:
 
 
 def read_rows(path: Path) -> dict[str, Record]:
-    """The rows of a file of JSON lines, by ``key_of``; a line that an interruption cut off ends it."""
-    rows: dict[str, Record] = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            rows[key_of(row)] = row
-    return rows
+    """The rows of a file of JSON lines, by ``key_of``; none where there is no file yet."""
+    return {key_of(row): row for row in read_json_lines(path)} if path.exists() else {}
 
 
 def available_gib() -> float:
@@ -99,9 +92,7 @@ class Run:
         self.path, self.device, self.limits, self.say = path, device, limits, say
         self.rows = read_rows(path)
         # What an interruption cut off goes: lines are appended.
-        text = "".join(f"{json.dumps(row)}\n" for row in self.rows.values())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in self.rows.values()).encode())
         self.started = time.monotonic()
         self.paces: dict[tuple[str, Settings], tuple[int, float]] = {}
         self.out: dict[tuple[str, Settings], str] = {}
@@ -225,5 +216,4 @@ def check_same(path: Path, about: Record) -> None:
                 f"{path.parent} holds figures of another machine or version ({'; '.join(differ)}): give "
                 "another --out."
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(about, indent=1))
+    write_atomically(beside, json.dumps(about, indent=1).encode())

@@ -137,12 +137,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def random_batch(batch_size: int, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Return images and boxes as mmdet's data loaders hand them over."""
+def random_batch(batch_size: int, shape: tuple[int, ...], with_mask: bool = False) -> dict[str, Any]:
+    """Return images and boxes, and masks if asked for, as mmdet's data loaders hand them over."""
     from mmdet.testing import demo_mm_inputs
 
     images, boxes = [(3, *shape)] * batch_size, [BOXES_PER_IMAGE] * batch_size
-    batch: dict[str, Any] = demo_mm_inputs(batch_size, images, boxes, NUM_CLASSES)
+    batch: dict[str, Any] = demo_mm_inputs(batch_size, images, boxes, NUM_CLASSES, with_mask=with_mask)
     return batch
 
 

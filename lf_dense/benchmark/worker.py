@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..allocator import give_back, keep_memory
 from ..backends import native
+from ..errors import one_line
 from . import candidates
 from .candidates import Settings
 from .memory import is_out_of_memory
@@ -43,7 +44,6 @@ class Sample(NamedTuple):
 class First(NamedTuple):
     """What the first pass at a size tells; ``macs`` is None where it is not counted."""
 
-    seconds: float
     peak_bytes: int
     macs: int | None
 
@@ -115,11 +115,9 @@ def serve(
         except EOFError:
             return  # the parent is gone
         except Exception as error:
-            text = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            )
+            failure = f"failed: {type(error).__name__}: {one_line(error)}"[:200]
             with contextlib.suppress(OSError):
-                connection.send("out of memory" if is_out_of_memory(error) else f"failed: {text[:200]}")
+                connection.send("out of memory" if is_out_of_memory(error) else failure)
 
 
 class _Server:
@@ -158,14 +156,12 @@ class _Server:
         self.reset_peak()
         counts = self.settings.direction == "forward" and not self.settings.compiled
         counter = FlopCounterMode(display=False)
-        started = time.perf_counter()
         with counter if counts else contextlib.nullcontext():
             self.call()
         self.synchronize()
-        seconds = time.perf_counter() - started
         # Torch counts a multiply-add as two.
         macs = counter.get_total_flops() // 2 if counts else None
-        return First(seconds, self.peak_bytes() - self.loaded, macs)
+        return First(self.peak_bytes() - self.loaded, macs)
 
     def turn(self) -> Sample:
         if self.rested:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..files import write_atomically
+from ..files import read_json_lines, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,13 +26,9 @@ def read_scalars(work_dir: str | Path, run: str | None = None) -> list[dict[str,
     Raises:
         UsageError: nothing has been logged there.
     """
-    records = []
+    records: list[dict[str, Any]] = []
     for path in sorted(Path(work_dir).glob(f"{run or '*'}/vis_data/scalars.json")):
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        records += read_json_lines(path)
     if not records:
         raise UsageError(
             f"{work_dir} holds no log (*/vis_data/scalars.json): give the work dir of a training run."

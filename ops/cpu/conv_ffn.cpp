@@ -7,8 +7,6 @@ namespace lf {
 
 namespace {
 
-// Tokens that go through the layers together, four vectors of AVX-512's floats: a block of the product.
-constexpr int64_t kPanel = 64;
 // Panels until what the next ones still need moves to the front of the hidden activations.
 constexpr int64_t kPanels = 4;
 // Hidden channels between convolution and product: their panel stays in a core's first cache.
@@ -133,8 +131,7 @@ class Worker {
                                norm_.eps, rows_ + (position - begin) * cols_);
       });
       const int64_t count = end - begin, tokens = padded(count);
-      std::fill_n(rows_ + count * cols_, (tokens - count) * cols_, T{0});
-      kernels<T>().transpose(rows_, cols_, tokens, cols_, transposed_, kPanel);
+      panel_of_rows<T>(rows_, count, cols_, transposed_);
       if (begin == first) {
         kernels<T>().linear(panel, stride_, fc1_.weight, shape_.channels, fc1_.bias, transposed_, kPanel,
                             inner_, shape_.channels, tokens);

@@ -1,9 +1,15 @@
 // Whole layers of a block without gradients, in float32 or float64: each reads its tokens once.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
+#include "vector_kernels.h"
+
 namespace lf {
+
+// Tokens that go through a layer together: four vectors of AVX-512's floats, a block of the product.
+constexpr int64_t kPanel = 64;
 
 // A linear layer of torch's, or a depthwise 3 x 3 convolution, contiguous: weight (rows, columns), bias
 // (rows).
@@ -40,5 +46,13 @@ void tokens_of_heads(const Tokens& shape, const T* x, const T* attended, const T
 template <typename T>
 void feed_forward(const Tokens& shape, const T* x, const LayerNorm<T>& norm, int64_t hidden,
                   const Linear<T>& fc1, const Linear<T>& conv, const Linear<T>& fc2, T* out);
+
+// Packed rows into (cols, kPanel); the last vector of tokens is filled up with zeros.
+template <typename T>
+void panel_of_rows(T* rows, int64_t count, int64_t cols, T* panel) {
+  const int64_t tokens = padded(count);
+  std::fill_n(rows + count * cols, (tokens - count) * cols, T{0});
+  kernels<T>().transpose(rows, cols, tokens, cols, panel, kPanel);
+}
 
 }  // namespace lf

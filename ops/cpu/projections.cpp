@@ -5,14 +5,12 @@ namespace lf {
 
 namespace {
 
-// Tokens that go through a layer together: four vectors of AVX-512's floats, a block of the product.
-constexpr int64_t kPanel = 64;
-
-// Calls `worker(take)` on each thread; take() hands out panels as (image, first token, tokens).
+// Tokens of one image.
 struct Panel {
   int64_t image, first, count;
 };
 
+// Calls `worker(take)` on each thread; take(panel) hands out the panels of the batch until it is false.
 template <typename Worker>
 void share_panels(const Tokens& shape, const Worker& worker) {
   const int64_t panels = (shape.each() + kPanel - 1) / kPanel;
@@ -27,17 +25,17 @@ void share_panels(const Tokens& shape, const Worker& worker) {
   });
 }
 
-// Rows of `channels` into (padded channels, kPanel); what fills the panel up is zero.
+// Rows of `channels` into a panel, by way of packed ones where they do not lie so already.
 template <typename T>
 void transpose_in(const T* from, int64_t count, int64_t channels, T* rows, T* to) {
-  const int64_t cols = padded(channels), tokens = padded(count);
-  if (cols == channels && tokens == count) {
+  const int64_t cols = padded(channels);
+  if (cols == channels && padded(count) == count) {
     kernels<T>().transpose(from, channels, count, channels, to, kPanel);
     return;
   }
-  std::fill_n(rows, tokens * cols, T{0});
+  std::fill_n(rows, count * cols, T{0});
   for (int64_t i = 0; i < count; ++i) std::copy_n(from + i * channels, channels, rows + i * cols);
-  kernels<T>().transpose(rows, cols, tokens, cols, to, kPanel);
+  panel_of_rows<T>(rows, count, cols, to);
 }
 
 // The reverse.
@@ -58,8 +56,7 @@ void heads_of(const Tokens& shape, const T* x, const LayerNorm<T>& norm, const L
     for (Panel panel; take(panel);) {
       const int64_t at = (panel.image * shape.each() + panel.first) * channels, tokens = padded(panel.count);
       kernels<T>().normalize(x + at, panel.count, channels, cols, norm.weight, norm.bias, norm.eps, rows);
-      std::fill_n(rows + panel.count * cols, (tokens - panel.count) * cols, T{0});
-      kernels<T>().transpose(rows, cols, tokens, cols, from, kPanel);
+      panel_of_rows<T>(rows, panel.count, cols, from);
       if (cos) {
         transpose_in<T>(cos + panel.first * head_dims, panel.count, head_dims, rows, cosines);
         transpose_in<T>(sin + panel.first * head_dims, panel.count, head_dims, rows, sines);
@@ -89,8 +86,7 @@ void tokens_of_heads(const Tokens& shape, const T* x, const T* attended, const T
       const int64_t tokens = padded(panel.count);
       kernels<T>().convolve_add(values + start, shape.height, shape.width, panel.first, panel.count, taps,
                                 conv.bias, attended + at, channels, cols, rows);
-      std::fill_n(rows + panel.count * cols, (tokens - panel.count) * cols, T{0});
-      kernels<T>().transpose(rows, cols, tokens, cols, from, kPanel);
+      panel_of_rows<T>(rows, panel.count, cols, from);
       kernels<T>().linear(to, kPanel, proj.weight, channels, proj.bias, from, kPanel, channels, channels,
                           tokens);
       transpose_out<T>(to, panel.count, channels, out + at);

@@ -38,7 +38,7 @@ class FakeWorker:
         if (self.name, size) in self.failures:
             raise Failure(self.failures[self.name, size])
         self.pixels = batch * size[0] * size[1]
-        return First(self.pixels / 1e3, self.pixels * 8, self.pixels * 2)
+        return First(self.pixels * 8, self.pixels * 2)
 
     def turn(self, limit):
         self.log.append(("turn", self.name))
