@@ -39,8 +39,10 @@ TORCH_SOURCES = (
 SHARED_SOURCES = ("cpu/newton_schulz_inverse.cpp", "cpu/laplacian_attention.cpp", "cpu/instruction_set.cpp")
 MIN_ONNXRUNTIME_API = 17  # of onnxruntime 1.17
 RPATH_TO_OPENVINO = "-Wl,-rpath,'$$ORIGIN/../../openvino/libs'"  # ninja makes one $ of two
+AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 X86_SETS = {
-    "avx512": (64, "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512"),
+    "avx512bf16": (64, f"{AVX512} -mavx512bf16"),
+    "avx512": (64, AVX512),
     "avx2": (32, "-mavx2 -mfma -mf16c"),
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -30,30 +30,59 @@ def map_to_tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def rotary_table(hw_shape: tuple[int, int], head_dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of a 2-D axial rotary embedding, each float32 of ``(H * W, 1, head_dims)``.
+class RotaryTable:
+    """Cosines and sines of a 2-D axial rotary embedding of one map, float32.
 
     Coordinates run over [-1, 1] whatever the map's size, so that a larger image interpolates the positions
     seen in training. The fastest rotation turns twice across the map, about a radian and a half per landmark
     cell of the default 7 x 7 grid: anything faster would average out of the landmarks, which are pooled after
     the rotation. Pairs are channels ``c`` and ``c + head_dims / 2``; the first half of the pairs turns with
     the row, the second with the column.
+
+    Attributes:
+        axes: cosines and sines for the rows ``(2, head_dims / 4, H)`` and the columns
+            ``(2, head_dims / 4, W)``.
     """
-    pairs = head_dims // 4
-    exponents = torch.arange(pairs, device=device, dtype=torch.float32) / pairs
-    frequencies = 2 * math.pi * ROTARY_PERIOD_RATIO**-exponents
-    height, width = hw_shape
-    rows, columns = ((torch.arange(n, device=device, dtype=torch.float32) * 2 + 1) / n - 1 for n in hw_shape)
-    row_angles = (rows[:, None] * frequencies)[:, None].expand(height, width, pairs)
-    column_angles = (columns[:, None] * frequencies)[None].expand(height, width, pairs)
-    angles = torch.cat([row_angles, column_angles], -1).flatten(0, 1).unsqueeze(1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+    def __init__(self, hw_shape: tuple[int, int], head_dims: int, device: torch.device) -> None:
+        self.hw_shape = hw_shape
+        pairs = head_dims // 4
+        exponents = torch.arange(pairs, device=device, dtype=torch.float32) / pairs
+        frequencies = (2 * math.pi * ROTARY_PERIOD_RATIO**-exponents)[:, None]
+        positions = [(torch.arange(n, device=device, dtype=torch.float32) * 2 + 1) / n - 1 for n in hw_shape]
+        angles = [frequencies * position for position in positions]
+        rows, columns = (torch.stack([angle.cos(), angle.sin()]) for angle in angles)
+        self.axes = rows, columns
+        self._whole: tuple[Tensor, Tensor] | None = None
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of every token and channel, ``(H * W, 1, head_dims)`` each."""
+        if self._whole is not None:
+            return self._whole
+        height, width = self.hw_shape
+        (row_cos, row_sin), (column_cos, column_sin) = (axis.mT for axis in self.axes)
+
+        def over_map(*parts: Tensor) -> Tensor:
+            """Rows' and columns' parts in turn, side by side."""
+            wide = [
+                part[None].expand(height, -1, -1) if index % 2 else part[:, None].expand(-1, width, -1)
+                for index, part in enumerate(parts)
+            ]
+            return torch.cat(wide, -1).flatten(0, 1).unsqueeze(1)
+
+        whole = (
+            over_map(row_cos, column_cos, row_cos, column_cos),
+            over_map(-row_sin, -column_sin, row_sin, column_sin),
+        )
+        # A graph that is compiled may not change what is outside a checkpoint; it merges equal tables itself.
+        if not torch.compiler.is_dynamo_compiling():
+            self._whole = whole
+        return whole
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply ``rotary_table`` to ``(B, N, heads, head_dims)``."""
-    cos, signed_sin = (part.to(x.dtype) for part in table)
+def rotate(x: Tensor, table: RotaryTable) -> Tensor:
+    """Turn ``(B, N, heads, head_dims)``."""
+    cos, signed_sin = (part.to(x.dtype) for part in table.whole())
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
 
@@ -158,21 +187,19 @@ class LaplacianAttention(nn.Module):
         pooled = over_columns @ pooled.view(batch * rows, width, heads * head_dims)
         return pooled.view(batch, rows * columns, heads, head_dims).transpose(1, 2)
 
-    def forward(
-        self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], table: RotaryTable | None = None) -> Tensor:
         """Attend over one map.
 
         Args:
             x: tokens ``(B, H * W, C)`` in row-major order.
             hw_shape: ``(H, W)``.
-            table: ``rotary_table`` of this map, where the caller has it at hand for several blocks.
+            table: of this map, where the caller has it at hand for several blocks.
 
         Returns:
             ``(B, H * W, C)``.
         """
         if table is None:
-            table = rotary_table(hw_shape, self.head_dims, x.device)
+            table = RotaryTable(hw_shape, self.head_dims, x.device)
         q, k, v = self.q(x), self.k(x), self.v(x)
         attended = self.attend(
             self.split_and_rotate(q, table), self.split_and_rotate(k, table), self.split(v), hw_shape
@@ -183,7 +210,7 @@ class LaplacianAttention(nn.Module):
         """View ``(B, N, C)`` as ``(B, N, heads, head_dims)``."""
         return x.unflatten(2, (self.num_heads, self.head_dims))
 
-    def split_and_rotate(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    def split_and_rotate(self, x: Tensor, table: RotaryTable) -> Tensor:
         """Queries or keys ``(B, N, C)`` as heads ``(B, N, heads, head_dims)``, scaled and rotated."""
         x = self.scaled(self.split(x))
         return rotate(x, table) if self.rotary else x
@@ -208,13 +235,23 @@ class LaplacianAttention(nn.Module):
         # their own.
         return self.proj_drop(self.proj((local + attended).flatten(2)))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """The attention itself: tensors ``(B, N, heads, head_dims)`` in, one out."""
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hw_shape: tuple[int, int],
+        landmarks: Tensor | None = None,
+    ) -> Tensor:
+        """The attention itself: tensors ``(B, N, heads, head_dims)`` in, one out.
+
+        ``landmarks`` are ``pool_landmarks`` of ``q``, where they are at hand.
+        """
         return functional.laplacian_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            self.pool_landmarks(q, hw_shape),
+            self.pool_landmarks(q, hw_shape) if landmarks is None else landmarks,
             scale=self.kernel_scale,
             iters=self.newton_iters,
             tau=self.tau,

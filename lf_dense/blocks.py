@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attention import LaplacianAttention, map_to_tokens, rotary_table, tokens_to_map
+from .attention import LaplacianAttention, RotaryTable, map_to_tokens, tokens_to_map
 from .backends import is_exporting, native
 from .fusing import asks_gradient, can_fuse, is_plain
 
@@ -140,7 +140,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
         self.ffn_with_cp = ffn_with_cp
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], table: RotaryTable) -> Tensor:
         drops = self.training and self.drop_path.rate > 0
         if not drops and can_fuse(x, self, Block, LaplacianAttention, ConvFFN, DropPath, *LAYERS):
             return self.fused(x, hw_shape, table)
@@ -149,16 +149,20 @@ class Block(nn.Module):
             return x + self.drop_path(checkpoint(self.ffn, self.norm2(x), hw_shape, use_reentrant=False))
         return x + self.drop_path(self.ffn(self.norm2(x), hw_shape))
 
-    def fused(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor]) -> Tensor:
+    def fused(self, x: Tensor, hw_shape: tuple[int, int], table: RotaryTable) -> Tensor:
         """The same by one operator before the attention, one after it, and one for the network."""
         attn: Any = self.attn
         ffn = self.ffn
-        turned = table if attn.rotary else None
-        heads = native.project_heads(x, self.norm1, attn.q, attn.k, attn.v, turned, attn.head_dims)
-        q, k, v = (attn.split(part) for part in heads)
-        attended = attn.attend(attn.scaled(q), attn.scaled(k), v, hw_shape).flatten(2)
-        x = native.merge_heads(x, attended, heads[2], hw_shape, attn.dwconv, attn.proj)
-        return native.conv_ffn(x, hw_shape, self.norm2, ffn.fc1, ffn.dwconv, ffn.fc2)
+        maps = x.contiguous().unflatten(1, hw_shape)
+        heads = native.project_heads(
+            maps, self.norm1, attn.q, attn.k, attn.v, table.axes if attn.rotary else None
+        )
+        landmarks = attn.scaled(attn.split(native.pool_tokens(heads[0], attn.landmark_grid))).transpose(1, 2)
+        q, k, v = (attn.split(part.flatten(1, 2)) for part in heads)
+        attended = attn.attend(attn.scaled(q), attn.scaled(k), v, hw_shape, landmarks)
+        attended = attended.flatten(2).contiguous().unflatten(1, hw_shape)
+        maps = native.merge_heads(maps, attended, heads[2], attn.dwconv, attn.proj)
+        return native.conv_ffn(maps, self.norm2, ffn.fc1, ffn.dwconv, ffn.fc2).flatten(1, 2)
 
 
 class Stage(nn.Module):
@@ -177,7 +181,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, hw_shape = self.patch_embed(x)
-        table = rotary_table(hw_shape, self.head_dims, x.device)
+        table = RotaryTable(hw_shape, self.head_dims, x.device)
         for block in self.blocks:
             if self.with_cp and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, hw_shape, table, use_reentrant=False)

@@ -22,11 +22,16 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    for part in module.modules():
+    # Module.modules() does the same and takes a tenth of a small image's time.
+    parts: list[nn.Module | None] = [module]
+    for part in parts:
+        if part is None:
+            continue
         if type(part) not in kinds or part._forward_hooks or part._forward_pre_hooks:
             return False
         if isinstance(part, nn.Dropout) and part.training and part.p > 0:
             return False
+        parts += part._modules.values()
     return True
 
 
@@ -36,5 +41,5 @@ def can_fuse(x: Tensor, module: nn.Module, *kinds: type[nn.Module]) -> bool:
         not asks_gradient(x, module)
         and is_plain(module, *kinds)
         and choose_backend(None, x.device) == "native"
-        and native.fuses_layers(x)
+        and native.layers_dtype(x) is not None
     )

@@ -11,6 +11,10 @@
 
 namespace lf {
 
+struct BFloat16 {
+  uint16_t bits;
+};
+
 enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 LF_HOST_DEVICE constexpr int64_t item_size(DType dtype) {

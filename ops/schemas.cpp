@@ -18,17 +18,20 @@ LF_DEFINE(m) {
       "laplacian_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor landmarks, Tensor "
       "inverse, Tensor sums,"
       " Tensor mass, Tensor mean_value, float scale, float tau) -> (Tensor, Tensor, Tensor, Tensor)");
-  // A block's layers without gradients, contiguous. Tokens (B, N, C) to queries, keys and values of norm(x),
-  // the first two turned by tables (N, 1, d), or by none of (0, 1, d).
+  // A block's layers without gradients: maps (B, H, W, C), contiguous. Queries, keys and values of norm(x),
+  // the first two turned by tables of the map's rows (2, d / 4, H) and columns (2, d / 4, W): cosines and
+  // sines, or by none of (2, 0, ..).
   m.def(
       "project_heads(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor q_weight, Tensor "
-      "q_bias, Tensor k_weight, Tensor k_bias, Tensor v_weight, Tensor v_bias, Tensor cos, Tensor sin)"
+      "q_bias, Tensor k_weight, Tensor k_bias, Tensor v_weight, Tensor v_bias, Tensor rows, Tensor columns)"
       " -> (Tensor q, Tensor k, Tensor v)");
-  // x + proj(attended + conv(values)), with values (B, H, W, C) and conv (C, 1, 3, 3).
+  // The map averaged over a grid, (B, rows * columns, C).
+  m.def("pool_tokens(Tensor x, int rows, int columns) -> Tensor");
+  // x + proj(attended + conv(values)), with conv (C, 1, 3, 3).
   m.def(
       "merge_heads(Tensor x, Tensor attended, Tensor values, Tensor conv_weight, Tensor conv_bias, Tensor "
       "proj_weight, Tensor proj_bias) -> Tensor");
-  // x + fc2(GELU(conv(fc1(norm(x))))) of a map (B, H, W, C).
+  // x + fc2(GELU(conv(fc1(norm(x))))).
   m.def(
       "conv_ffn(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor "
       "fc1_bias, Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias) -> Tensor");

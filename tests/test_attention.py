@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lf_dense import LaplacianAttention, functional
-from lf_dense.attention import map_to_tokens, rotary_table, rotate, tokens_to_map
+from lf_dense.attention import RotaryTable, map_to_tokens, rotate, tokens_to_map
 from lf_dense.backends import native
 
 CPU = torch.device("cpu")
@@ -32,12 +32,12 @@ def as_complex(table):
 @pytest.mark.parametrize("hw_shape", [(1, 1), (1, 7), (5, 3), (56, 56)], ids=str)
 def test_rotation_keeps_the_norm(hw_shape):
     x = torch.randn(2, math.prod(hw_shape), 3, 16)
-    torch.testing.assert_close(rotate(x, rotary_table(hw_shape, 16, CPU)).norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(rotate(x, RotaryTable(hw_shape, 16, CPU)).norm(dim=-1), x.norm(dim=-1))
 
 
 def test_inner_products_depend_on_the_offset_alone():
     height, width = 6, 9
-    table = rotary_table((height, width), 16, CPU)
+    table = RotaryTable((height, width), 16, CPU)
 
     def one_vector_everywhere():
         tokens = torch.randn(16).expand(1, height * width, 1, 16)
@@ -52,7 +52,7 @@ def test_inner_products_depend_on_the_offset_alone():
 
 def test_positions_lie_in_the_unit_square_whatever_the_map():
     for hw_shape in [(7, 7), (56, 30), (200, 334)]:
-        turns = as_complex(rotary_table(hw_shape, 8, CPU)).view(*hw_shape, 4)
+        turns = as_complex(RotaryTable(hw_shape, 8, CPU).whole()).view(*hw_shape, 4)
         for axis, size in enumerate(hw_shape):
             positions = (torch.arange(size, dtype=torch.float64) * 2 + 1) / size - 1
             assert positions.abs().max() < 1
@@ -63,8 +63,8 @@ def test_positions_lie_in_the_unit_square_whatever_the_map():
 
 
 def test_a_larger_map_interpolates():
-    coarse = as_complex(rotary_table((4, 6), 16, CPU)).view(4, 6, 8)
-    fine = as_complex(rotary_table((8, 12), 16, CPU)).view(4, 2, 6, 2, 8)
+    coarse = as_complex(RotaryTable((4, 6), 16, CPU).whole()).view(4, 6, 8)
+    fine = as_complex(RotaryTable((8, 12), 16, CPU).whole()).view(4, 2, 6, 2, 8)
     # The angle of a cell is the mean of those of its four quarters, so its fourth power is their product.
     product = fine[:, 0, :, 0] * fine[:, 0, :, 1] * fine[:, 1, :, 0] * fine[:, 1, :, 1]
     torch.testing.assert_close(product, coarse**4, rtol=0, atol=2e-5)
@@ -109,7 +109,7 @@ def test_layer_pools_rotated_queries_and_passes_its_settings(monkeypatch):
     x = torch.randn(2, 16, 16)
     layer(x, (4, 4))
     q, k, v, landmarks, settings = calls[0]
-    table = rotary_table((4, 4), 8, CPU)
+    table = RotaryTable((4, 4), 8, CPU)
     torch.testing.assert_close(q, rotate(layer.q(x).unflatten(2, (2, 8)), table).transpose(1, 2))
     torch.testing.assert_close(k, rotate(layer.k(x).unflatten(2, (2, 8)), table).transpose(1, 2))
     torch.testing.assert_close(v, layer.v(x).unflatten(2, (2, 8)).transpose(1, 2))
@@ -121,7 +121,7 @@ def test_layer_is_attention_plus_depthwise_convolution_of_the_values():
     layer = LaplacianAttention(16, 2)
     x = torch.randn(2, 20, 16)
     q, k, v = (project(x).unflatten(2, (2, 8)) for project in (layer.q, layer.k, layer.v))
-    table = rotary_table((4, 5), 8, CPU)
+    table = RotaryTable((4, 5), 8, CPU)
     q, k = rotate(q, table), rotate(k, table)
     attended = functional.laplacian_attention(*(y.transpose(1, 2) for y in (q, k, v, q)))
     local = layer.dwconv(layer.v(x).mT.reshape(2, 16, 4, 5)).flatten(2).mT
@@ -235,7 +235,7 @@ def test_layer_copies_no_activation(batch):
     layer = LaplacianAttention(32, 4).eval()
     x = torch.randn(batch, 400, 32)
     # The rotary table is no activation: it is made once for a stage, for one image.
-    table = rotary_table((20, 20), 8, CPU)
+    table = RotaryTable((20, 20), 8, CPU)
     with torch.no_grad(), Copies(batch * 400 * 32, started=True) as copies:
         layer(x, (20, 20), table)
     assert [copy for copy in copies.found if not gathers_heads(copy, batch)] == []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
-from ..attention import LaplacianAttention, map_to_tokens, rotary_table, tokens_to_map
+from ..attention import LaplacianAttention, RotaryTable, map_to_tokens, tokens_to_map
 from ..backends import reference
 from ..presets import DELTA, EPS
 
@@ -89,15 +89,13 @@ class SpatialReductionAttention(SoftmaxAttention):
             self.sr = nn.Conv2d(embed_dims, embed_dims, reduction, reduction)
             self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
 
-    def forward(
-        self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], table: RotaryTable | None = None) -> Tensor:
         if self.reduction == 1:
             return super().forward(x, hw_shape, table)
         if table is None:
-            table = rotary_table(hw_shape, self.head_dims, x.device)
+            table = RotaryTable(hw_shape, self.head_dims, x.device)
         smaller = self.sr(tokens_to_map(x, hw_shape))
         reduced = self.norm(map_to_tokens(smaller))
-        reduced_table = rotary_table(tuple(smaller.shape[2:]), self.head_dims, x.device)
+        reduced_table = RotaryTable(tuple(smaller.shape[2:]), self.head_dims, x.device)
         q, k = self.split_and_rotate(self.q(x), table), self.split_and_rotate(self.k(reduced), reduced_table)
         return self.merge(self.attend(q, k, self.split(self.v(reduced)), hw_shape), self.v(x), hw_shape)

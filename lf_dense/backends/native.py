@@ -167,14 +167,18 @@ def laplacian_attention(
     return _operators().laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)[0]
 
 
-def fuses_layers(x: Tensor) -> bool:
-    """Whether the operators of whole layers take these tokens: the three below.
+def layers_dtype(x: Tensor) -> torch.dtype | None:
+    """In what the operators of whole layers multiply these tokens; None where they do not serve them.
 
-    They are written for the CPU. Autocast asks for narrow products, and theirs are float32 or wider.
+    They are written for the CPU: float64, float32, and bfloat16, whether tokens have it or autocast asks for
+    it. Products of bfloat16 are summed in float32, and so is everything between them.
     """
-    return (
-        x.device.type == "cpu" and x.dtype == compute_dtype(x.dtype) and not torch.is_autocast_enabled("cpu")
-    )
+    if x.device.type != "cpu":
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if dtype == torch.bfloat16:
+        return dtype if x.dtype in (torch.float32, torch.bfloat16) and x.shape[-1] % 2 == 0 else None
+    return dtype if dtype == x.dtype == compute_dtype(dtype) else None
 
 
 def project_heads(
@@ -183,46 +187,67 @@ def project_heads(
     q: nn.Linear,
     k: nn.Linear,
     v: nn.Linear,
-    table: tuple[Tensor, Tensor] | None,
-    head_dims: int,
+    turns: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of ``norm(x)``, tokens ``(B, N, C)`` all; no gradient.
+    """Queries, keys and values of ``norm(x)``, maps ``(B, H, W, C)`` all; no gradient.
 
-    Queries and keys are turned by ``lf_dense.attention.rotary_table``, or not, where ``table`` is None.
+    Queries and keys are turned by ``turns``, the ``axes`` of a ``lf_dense.attention.RotaryTable``, or not,
+    where that is None. All three have the dtype ``layers_dtype(x)``.
     """
-    tables = [x.new_empty(0, 1, head_dims)] * 2 if table is None else [part.to(x.dtype) for part in table]
-    projections = [tensor for layer in (q, k, v) for tensor in _weights(layer)]
-    return torch.ops.lf_dense.project_heads(
-        x.contiguous(), *_weights(norm), norm.eps, *projections, *(part.contiguous() for part in tables)
-    )
+    wide, dtype = compute_dtype(x.dtype), layers_dtype(x)
+    if turns is None:
+        rows, columns = (x.new_empty(2, 0, size, dtype=wide) for size in x.shape[1:3])
+    else:
+        rows, columns = (axis.to(wide) for axis in turns)
+    projections = (tensor for layer in (q, k, v) for tensor in _weights(layer, wide, dtype))
+    return torch.ops.lf_dense.project_heads(x, *_weights(norm, wide), norm.eps, *projections, rows, columns)
 
 
-def merge_heads(
-    x: Tensor, attended: Tensor, values: Tensor, hw_shape: tuple[int, int], conv: nn.Conv2d, proj: nn.Linear
-) -> Tensor:
-    """``x + proj(attended + conv(values))`` of tokens ``(B, H * W, C)``; no gradient."""
-    maps = values.contiguous().unflatten(1, hw_shape)
-    layers = (*_weights(conv), *_weights(proj))
-    return torch.ops.lf_dense.merge_heads(x.contiguous(), attended.contiguous(), maps, *layers)
+def pool_tokens(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A map ``(B, H, W, C)`` averaged over a grid as adaptive pooling does, ``(B, m, C)``; no gradient.
+
+    A map that is smaller than the grid has a cell for each of its tokens.
+    """
+    rows, columns = (min(cells, size) for cells, size in zip(grid, x.shape[1:3]))
+    return torch.ops.lf_dense.pool_tokens(x, rows, columns)
 
 
-def conv_ffn(
-    x: Tensor, hw_shape: tuple[int, int], norm: nn.LayerNorm, fc1: nn.Linear, conv: nn.Conv2d, fc2: nn.Linear
-) -> Tensor:
-    """``x + fc2(GELU(conv(fc1(norm(x)))))`` of tokens ``(B, H * W, C)``; no gradient.
+def merge_heads(x: Tensor, attended: Tensor, values: Tensor, conv: nn.Conv2d, proj: nn.Linear) -> Tensor:
+    """``x + proj(attended + conv(values))`` of maps ``(B, H, W, C)``; no gradient.
+
+    ``attended`` and ``values`` have the dtype ``layers_dtype(x)``.
+    """
+    wide, dtype = compute_dtype(x.dtype), layers_dtype(x)
+    layers = (*_weights(conv, wide), *_weights(proj, wide, dtype))
+    return torch.ops.lf_dense.merge_heads(x, attended, values, *layers)
+
+
+def conv_ffn(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, conv: nn.Conv2d, fc2: nn.Linear) -> Tensor:
+    """``x + fc2(GELU(conv(fc1(norm(x)))))`` of a map ``(B, H, W, C)``; no gradient.
 
     The hidden map is never there as a whole: each thread holds the activations of a few rows.
     """
-    maps = x.contiguous().unflatten(1, hw_shape)
-    layers = [tensor for layer in (fc1, conv, fc2) for tensor in _weights(layer)]
-    return torch.ops.lf_dense.conv_ffn(maps, *_weights(norm), norm.eps, *layers).flatten(1, 2)
+    wide, dtype = compute_dtype(x.dtype), layers_dtype(x)
+    layers = (*_weights(fc1, wide, dtype), *_weights(conv, wide), *_weights(fc2, wide, dtype))
+    return torch.ops.lf_dense.conv_ffn(x, *_weights(norm, wide), norm.eps, *layers)
 
 
-def _weights(layer: nn.Linear | nn.Conv2d | nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """A layer's weight and bias, zeros where it has none."""
-    weight = layer.weight
-    bias = weight.new_zeros(weight.shape[0]) if layer.bias is None else layer.bias
-    return weight.contiguous(), bias
+def _weights(
+    layer: nn.Linear | nn.Conv2d | nn.LayerNorm, wide: torch.dtype, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """A layer's weight in ``dtype``, or else in ``wide``, and its bias in ``wide``.
+
+    A bias that is not there is zeros.
+    """
+    weight = _as(layer.weight, dtype or wide)
+    bias = weight.new_zeros(weight.shape[0], dtype=wide) if layer.bias is None else _as(layer.bias, wide)
+    return weight, bias
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous and of a dtype; the questions are cheaper than the calls, of which a block makes many."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def _tokens_like(x: Tensor) -> Tensor:
@@ -252,8 +277,14 @@ def _attention_fake(
     return (_tokens_like(q), *(q.new_empty(batch, heads, *shape, dtype=dtype) for shape in shapes))
 
 
-def _project_fake(x: Tensor, *layers: object) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(3))
+def _project_fake(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, q_weight: Tensor, *layers: object
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape, dtype=q_weight.dtype) for _ in range(3))
+
+
+def _pool_fake(x: Tensor, rows: int, columns: int) -> Tensor:
+    return x.new_empty(x.shape[0], rows * columns, x.shape[3])
 
 
 def _like_first_fake(x: Tensor, *layers: object) -> Tensor:
@@ -290,6 +321,11 @@ def _attention_flops(
 def _project_flops(x: tuple[int, ...], *layers: object, **unused: object) -> int:
     """As torch counts: a multiply-add is two; the norm, the rotation and the GELU are none."""
     return 2 * 3 * math.prod(x) * x[-1]
+
+
+def _pool_flops(x: tuple[int, ...], rows: int, columns: int, **unused: object) -> int:
+    """None: torch counts products alone."""
+    return 0
 
 
 def _merge_flops(x: tuple[int, ...], *layers: object, **unused: object) -> int:
@@ -403,6 +439,7 @@ def register(library: str) -> torch.library.Library:
     register_flop_formula(operators.laplacian_attention)(_attention_flops)
     for name, fake, flops in (
         ("project_heads", _project_fake, _project_flops),
+        ("pool_tokens", _pool_fake, _pool_flops),
         ("merge_heads", _like_first_fake, _merge_flops),
         ("conv_ffn", _like_first_fake, _conv_ffn_flops),
     ):

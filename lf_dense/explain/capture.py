@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..attention import LaplacianAttention, rotary_table
+from ..attention import LaplacianAttention, RotaryTable
 from ..errors import UsageError
 from ..laplacianformer import LaplacianFormer
 from ..presets import STRIDES
@@ -102,7 +102,7 @@ def _layer_inputs(
 ) -> LayerInputs:
     """Repeat what the layer does before it attends, for the first image of ``(B, N, C)``."""
     x = x[:1]
-    table = rotary_table(hw_shape, layer.head_dims, x.device)
+    table = RotaryTable(hw_shape, layer.head_dims, x.device)
     q, k = (layer.split_and_rotate(project(x), table) for project in (layer.q, layer.k))
     landmarks = layer.pool_landmarks(q, hw_shape)[0].cpu().double()
     q, k, v = (tensor[0].transpose(0, 1).cpu().double() for tensor in (q, k, layer.split(layer.v(x))))

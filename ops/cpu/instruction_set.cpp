@@ -13,6 +13,9 @@ extern const InstructionSet instructions;
 namespace avx2 {
 extern const InstructionSet instructions;
 }
+namespace avx512bf16 {
+extern const InstructionSet instructions;
+}
 namespace avx512 {
 extern const InstructionSet instructions;
 }
@@ -21,11 +24,10 @@ extern const InstructionSet instructions;
 // The plain one runs anywhere.
 const InstructionSet* const compiled_instruction_sets[] = {
 #if defined(LF_HAS_X86)
-    &avx512::instructions,
+    &avx512bf16::instructions, &avx512::instructions,
     &avx2::instructions,
 #endif
-    &plain::instructions,
-    nullptr,
+    &plain::instructions,      nullptr,
 };
 
 namespace {

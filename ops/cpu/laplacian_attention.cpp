@@ -104,10 +104,7 @@ void sum_lanes(const T* lanes, int64_t m, T* sums) {
 // A head's mass under each query of a tile, and one over it with the floor tau; NaN stays NaN.
 template <typename T>
 void row_mass(const T* kernel, const T* mass, int64_t m, T tau, T* row, T* reciprocal) {
-  std::fill_n(row, kTile, T{0});
-  for (int64_t j = 0; j < m; ++j) {
-    for (int64_t i = 0; i < kTile; ++i) row[i] += kernel[j * kTile + i] * mass[j];
-  }
+  kernels<T>().product(row, kTile, mass, m, 1, kernel, kTile, 1, m, kTile, false);
   for (int64_t i = 0; i < kTile; ++i) reciprocal[i] = 1 / ((row[i] <= 0 ? T{0} : row[i]) + tau);
 }
 
@@ -149,7 +146,8 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
   Scratch<T> partials(heads * chunks.count * partial_size);
   share_out(heads * chunks.count, [&](const auto& take) {
     Scratch<T> values(chunks.length * cols), tile(kTile * cols), transposed(kTile * cols), kernel(m * kTile);
-    Scratch<T> lane_mass(m * kTile);
+    Scratch<T> lane_mass(m * kTile), negative_mean(cols), ones(chunks.length);
+    std::fill_n(ones.get(), chunks.length, T{1});
     for (int64_t item = take(); item >= 0; item = take()) {
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
       const int64_t first = chunks.first(chunk), count = chunks.end(chunk) - first;
@@ -158,13 +156,12 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
       T* mean = mass + padded_m;
       std::fill_n(sums, partial_size, T{0});
       pack_rows<T>(v, head, first, count, count, values);
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t c = 0; c < cols; ++c) mean[c] += values[i * cols + c];
+      ops.product(mean, cols, ones, count, 1, values, cols, 1, count, cols, false);
+      for (int64_t c = 0; c < cols; ++c) {
+        mean[c] /= count;
+        negative_mean[c] = -mean[c];
       }
-      for (int64_t c = 0; c < cols; ++c) mean[c] /= count;
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t c = 0; c < cols; ++c) values[i * cols + c] -= mean[c];
-      }
+      ops.affine(values, count, cols, ones, negative_mean);
       lane_mass.zeroed(m * kTile);
       for (int64_t i = 0; i < count; i += kTile) {
         const int64_t inside = std::min(kTile, count - i);
@@ -173,7 +170,7 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
         ahead.add(rows_ahead(k, head, first + i + kTile, kTile));
         ahead.add(rows_ahead(v, head, first + i + chunks.length, kTile));
         landmarks.tile(head, transposed, inside, constants.scale, ahead, kernel);
-        for (int64_t l = 0; l < m * kTile; ++l) lane_mass[l] += kernel[l];
+        ops.accumulate(lane_mass, kernel, m * kTile);
         ops.product(sums, cols, kernel, kTile, 1, values + i * cols, cols, m, inside, cols, true);
       }
       sum_lanes<T>(lane_mass, m, mass);
@@ -233,10 +230,7 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
         landmarks.tile(head, transposed, count, constants.scale, ahead, kernel);
         row_mass<T>(kernel, pooled.mass + head * m, m, constants.tau, mass, reciprocal);
         ops.product(tile, cols, kernel, 1, kTile, values, cols, kTile, m, cols, false);
-        for (int64_t i = 0; i < count; ++i) {
-          T* row = tile + i * cols;
-          for (int64_t c = 0; c < cols; ++c) row[c] = row[c] * reciprocal[i] + mean[c];
-        }
+        ops.affine(tile, count, cols, reciprocal, mean);
         unpack_rows<T>(tile, out, head, first, count);
       }
     }
@@ -250,7 +244,7 @@ void attention_backward(const View& grad, const View& q, const View& k, const Vi
   const Kernels<T>& ops = kernels<T>();
   const Shape shape(q, landmark_view);
   const auto [heads, rows, m, channels, cols, padded_m, tiled_m] = shape;
-  const T n = static_cast<T>(rows);
+  const T inverse_n = 1 / static_cast<T>(rows), inverse_scale = 1 / constants.scale;
   const Landmarks<T> landmarks(landmark_view, shape);
 
   Pooled<T> pooled(shape);
@@ -304,7 +298,7 @@ void attention_backward(const View& grad, const View& q, const View& k, const Vi
             T& entry = kernel[j * kTile + i];
             T& dentry = dkernel[j * kTile + i];
             lane_dmass[j * kTile + i] += entry * dmass[i];
-            dentry = entry * (reciprocal[i] * dentry + dmass[i] * column_mass[j]) / constants.scale;
+            dentry = entry * (reciprocal[i] * dentry + dmass[i] * column_mass[j]) * inverse_scale;
             entry *= reciprocal[i];
           }
         }
@@ -343,7 +337,7 @@ void attention_backward(const View& grad, const View& q, const View& k, const Vi
       for (int64_t j = 0; j < m; ++j) sum += inverse_t[i * padded_m + j] * dcolumn_mass[j];
       dmass[head * padded_m + i] = static_cast<T>(sum);
     }
-    for (int64_t c = 0; c < cols; ++c) dmean[head * cols + c] = static_cast<T>(grad_sum[c] / n);
+    for (int64_t c = 0; c < cols; ++c) dmean[head * cols + c] = static_cast<T>(grad_sum[c] / rows);
     // dA = dU P^T + dt p^T; dW = -A^T dA A^T.
     sums_t.zeroed(cols * padded_m);
     for (int64_t j = 0; j < m; ++j) {
@@ -402,10 +396,10 @@ void attention_backward(const View& grad, const View& q, const View& k, const Vi
           for (int64_t i = 0; i < count; ++i) {
             T& entry = kernel[j * kTile + i];
             T& dentry = dkernel[j * kTile + i];
-            dentry = entry * (dentry + own) / (n * constants.scale);
+            dentry = entry * (dentry + own) * (inverse_n * inverse_scale);
             // The mean of dV leaves before the product, not after: on close tokens the difference would
             // cancel to nothing.
-            entry = (entry - column_mass) / n;
+            entry = (entry - column_mass) * inverse_n;
           }
         }
         ops.product(values, cols, kernel, 1, kTile, head_dsums, cols, kTile, m, cols, false);

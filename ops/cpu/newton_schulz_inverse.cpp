@@ -61,12 +61,17 @@ void invert(const T* w, int64_t m, int64_t iters, double eps, bool shared, T* in
   for (int64_t i = 0; i < m; ++i) ridged[i * cols + i] += static_cast<T>(eps);
   const double bound = largest_row_sum<T>(ridged, m);
   const double angle = 2 * std::atanh(std::sqrt(eps / bound));
-  std::fill_n(inverse, size, T{0});
-  for (int64_t i = 0; i < m; ++i) inverse[i * cols + i] = static_cast<T>((1 + 1 / std::cosh(angle)) / bound);
+  // The start is c I: the first step's products are multiples.
+  const T start = static_cast<T>((1 + 1 / std::cosh(angle)) / bound);
+  for (int64_t i = 0; i < size; ++i) residual[i] = start * ridged[i];
   for (int64_t step = 1; step <= iters; ++step) {
-    multiply<T>(residual, ridged, inverse, m, shared);
+    if (step > 1) multiply<T>(residual, ridged, inverse, m, shared);
     reflect<T>(residual, m);
-    multiply<T>(next, inverse, residual, m, shared);
+    if (step > 1) {
+      multiply<T>(next, inverse, residual, m, shared);
+    } else {
+      for (int64_t i = 0; i < size; ++i) next[i] = start * residual[i];
+    }
     const T factor =
         static_cast<T>(1 + 1 / std::cosh(std::ldexp(angle, static_cast<int>(std::min<int64_t>(step, 1000)))));
     for (int64_t i = 0; i < size; ++i) inverse[i] = factor * next[i];

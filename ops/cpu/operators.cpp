@@ -81,72 +81,123 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_attention_backward(
   return {dq, dk, dv, dlandmarks};
 }
 
-void check_layer(const Tensor& weight, const Tensor& bias, const Tensor& like, int64_t rows,
-                 int64_t columns) {
+void check_layer(const Tensor& weight, const Tensor& bias, ScalarType weight_type, ScalarType bias_type,
+                 int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(
-      weight.scalar_type() == like.scalar_type() && bias.scalar_type() == like.scalar_type() &&
-          weight.is_contiguous() && bias.is_contiguous() && weight.numel() == rows * columns &&
-          bias.numel() == rows,
+      weight.scalar_type() == weight_type && bias.scalar_type() == bias_type && weight.is_contiguous() &&
+          bias.is_contiguous() && weight.numel() == rows * columns && bias.numel() == rows,
       "lf_dense: a layer's weights are not contiguous, or not of the shapes and dtypes that belong "
       "together: call the layers, which choose the operator.");
 }
 
-void check_tokens(const Tensor& x, int64_t dims) {
-  STD_TORCH_CHECK(x.dim() == dims && x.is_contiguous() && x.scalar_type() == compute_type(x),
-                  "lf_dense: the operators of whole layers take contiguous tokens of float32 or float64.");
+// What products' weights may be beside these tokens; everything else is of the compute type.
+ScalarType check_product(const Tensor& x, const Tensor& weight) {
+  const ScalarType tokens = x.scalar_type(), type = weight.scalar_type();
+  const bool narrow = type == ScalarType::BFloat16 && (tokens == ScalarType::Float || tokens == type);
+  STD_TORCH_CHECK(narrow || (tokens == type && type == compute_type(x)),
+                  "lf_dense: the operators of whole layers take tokens and weights of float32 or float64, or "
+                  "weights of bfloat16 beside tokens of float32 or bfloat16.");
+  STD_TORCH_CHECK(!narrow || weight.size(-1) % 2 == 0,
+                  "lf_dense: bfloat16 products take an even number of channels, and here are ",
+                  weight.size(-1), ".");
+  return type;
 }
 
-template <typename T>
-Linear<T> layer(const Tensor& weight, const Tensor& bias) {
-  return {data<T>(weight), data<T>(bias)};
+void check_tokens(const Tensor& x, int64_t dims, ScalarType type) {
+  STD_TORCH_CHECK(x.dim() == dims && x.is_contiguous() && x.scalar_type() == type,
+                  "lf_dense: the operators of whole layers take contiguous tokens of the dtypes that belong "
+                  "together: call the layers, which choose the operator.");
+}
+
+template <typename T, typename W = T>
+Linear<T, W> layer(const Tensor& weight, const Tensor& bias) {
+  return {data<W>(weight), data<T>(bias)};
+}
+
+// Calls `run` with a T, an X and a W (see layers.h).
+template <typename Run>
+void with_layer_types(const Tensor& x, const Tensor& weight, Run run) {
+  if (x.scalar_type() == ScalarType::Double) {
+    run(double{}, double{}, double{});
+  } else if (weight.scalar_type() == ScalarType::Float) {
+    run(float{}, float{}, float{});
+  } else if (x.scalar_type() == ScalarType::Float) {
+    run(float{}, float{}, BFloat16{});
+  } else {
+    run(float{}, BFloat16{}, BFloat16{});
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> project_heads(const Tensor& x, const Tensor& norm_weight,
                                                  const Tensor& norm_bias, double eps, const Tensor& q_weight,
                                                  const Tensor& q_bias, const Tensor& k_weight,
                                                  const Tensor& k_bias, const Tensor& v_weight,
-                                                 const Tensor& v_bias, const Tensor& cos, const Tensor& sin) {
-  check_tokens(x, 3);
-  const int64_t channels = x.size(2), head_dims = cos.size(-1);
-  check_layer(norm_weight, norm_bias, x, channels, 1);
-  check_layer(q_weight, q_bias, x, channels, channels);
-  check_layer(k_weight, k_bias, x, channels, channels);
-  check_layer(v_weight, v_bias, x, channels, channels);
-  const bool turns = cos.size(0) > 0;
-  for (const Tensor& table : {cos, sin}) {
-    check_tokens(table, 3);
-    STD_TORCH_CHECK(table.scalar_type() == x.scalar_type() && table.size(0) == (turns ? x.size(1) : 0) &&
-                        table.size(1) == 1 && table.size(2) == head_dims && channels % head_dims == 0 &&
-                        head_dims % 2 == 0,
-                    "lf_dense: the rotary tables do not fit the tokens.");
-  }
-  Tensor q = torch::stable::empty_like(x), k = torch::stable::empty_like(x), v = torch::stable::empty_like(x);
-  with_compute_type(x, [&]<typename T>(T) {
+                                                 const Tensor& v_bias, const Tensor& rows,
+                                                 const Tensor& columns) {
+  const ScalarType wide = compute_type(x), type = check_product(x, q_weight);
+  check_tokens(x, 4, x.scalar_type());
+  const Tokens shape{x.size(0), x.size(1), x.size(2), x.size(3)};
+  const int64_t channels = shape.channels;
+  check_layer(norm_weight, norm_bias, wide, wide, channels, 1);
+  check_layer(q_weight, q_bias, type, wide, channels, channels);
+  check_layer(k_weight, k_bias, type, wide, channels, channels);
+  check_layer(v_weight, v_bias, type, wide, channels, channels);
+  check_tokens(rows, 3, wide);
+  check_tokens(columns, 3, wide);
+  const int64_t pairs = rows.size(1);
+  STD_TORCH_CHECK(rows.size(0) == 2 && rows.size(2) == shape.height && columns.size(0) == 2 &&
+                      columns.size(1) == pairs && columns.size(2) == shape.width &&
+                      (pairs == 0 || channels % (4 * pairs) == 0),
+                  "lf_dense: the rotary tables do not fit the tokens.");
+  const auto heads = [&] { return empty({shape.batch, shape.height, shape.width, channels}, type, x); };
+  Tensor q = heads(), k = heads(), v = heads();
+  with_layer_types(x, q_weight, [&]<typename T, typename X, typename W>(T, X, W) {
     const LayerNorm<T> norm{data<T>(norm_weight), data<T>(norm_bias), static_cast<T>(eps)};
-    heads_of<T>({x.size(0), 1, x.size(1), channels}, data<T>(x), norm,
-                {layer<T>(q_weight, q_bias), layer<T>(k_weight, k_bias), layer<T>(v_weight, v_bias)},
-                turns ? data<T>(cos) : nullptr, data<T>(sin), channels / head_dims,
-                {data<T>(q), data<T>(k), data<T>(v)});
+    heads_of<T, X, W>(
+        shape, data<X>(x), norm,
+        {layer<T, W>(q_weight, q_bias), layer<T, W>(k_weight, k_bias), layer<T, W>(v_weight, v_bias)},
+        {data<T>(rows), data<T>(columns), pairs}, {data<W>(q), data<W>(k), data<W>(v)});
   });
   return {q, k, v};
 }
 
+Tensor pool_tokens(const Tensor& x, int64_t rows, int64_t columns) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == compute_type(x) || type == ScalarType::BFloat16,
+                  "lf_dense: pooling takes float32, float64 or bfloat16 tokens.");
+  check_tokens(x, 4, type);
+  const Tokens shape{x.size(0), x.size(1), x.size(2), x.size(3)};
+  STD_TORCH_CHECK(0 < rows && rows <= shape.height && 0 < columns && columns <= shape.width,
+                  "lf_dense: a grid of ", rows, " x ", columns, " does not fit a map of ", shape.height,
+                  " x ", shape.width, ": it has from one cell to one for each token.");
+  Tensor out = empty({shape.batch, rows * columns, shape.channels}, type, x);
+  if (type == ScalarType::Double) {
+    pooled<double>(shape, data<double>(x), rows, columns, data<double>(out));
+  } else if (type == ScalarType::Float) {
+    pooled<float>(shape, data<float>(x), rows, columns, data<float>(out));
+  } else {
+    pooled<float>(shape, data<BFloat16>(x), rows, columns, data<BFloat16>(out));
+  }
+  return out;
+}
+
 Tensor merge_heads(const Tensor& x, const Tensor& attended, const Tensor& values, const Tensor& conv_weight,
                    const Tensor& conv_bias, const Tensor& proj_weight, const Tensor& proj_bias) {
-  check_tokens(values, 4);
-  const Tokens shape{values.size(0), values.size(1), values.size(2), values.size(3)};
-  for (const Tensor& tokens : {x, attended}) {
-    check_tokens(tokens, 3);
-    STD_TORCH_CHECK(tokens.scalar_type() == values.scalar_type() && tokens.size(0) == shape.batch &&
-                        tokens.size(1) == shape.each() && tokens.size(2) == shape.channels,
-                    "lf_dense: the values are not of these tokens.");
+  const ScalarType wide = compute_type(x), type = check_product(x, proj_weight);
+  check_tokens(x, 4, x.scalar_type());
+  const Tokens shape{x.size(0), x.size(1), x.size(2), x.size(3)};
+  for (const Tensor& heads : {attended, values}) {
+    check_tokens(heads, 4, type);
+    for (int i = 0; i < 4; ++i)
+      STD_TORCH_CHECK(heads.size(i) == x.size(i), "lf_dense: the heads are not of these tokens.");
   }
-  check_layer(conv_weight, conv_bias, values, shape.channels, 9);
-  check_layer(proj_weight, proj_bias, values, shape.channels, shape.channels);
+  check_layer(conv_weight, conv_bias, wide, wide, shape.channels, 9);
+  check_layer(proj_weight, proj_bias, type, wide, shape.channels, shape.channels);
   Tensor out = torch::stable::empty_like(x);
-  with_compute_type(values, [&]<typename T>(T) {
-    tokens_of_heads<T>(shape, data<T>(x), data<T>(attended), data<T>(values),
-                       layer<T>(conv_weight, conv_bias), layer<T>(proj_weight, proj_bias), data<T>(out));
+  with_layer_types(x, proj_weight, [&]<typename T, typename X, typename W>(T, X, W) {
+    tokens_of_heads<T, X, W>(shape, data<X>(x), data<W>(attended), data<W>(values),
+                             layer<T>(conv_weight, conv_bias), layer<T, W>(proj_weight, proj_bias),
+                             data<X>(out));
   });
   return out;
 }
@@ -154,18 +205,20 @@ Tensor merge_heads(const Tensor& x, const Tensor& attended, const Tensor& values
 Tensor conv_ffn(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
                 const Tensor& fc1_weight, const Tensor& fc1_bias, const Tensor& conv_weight,
                 const Tensor& conv_bias, const Tensor& fc2_weight, const Tensor& fc2_bias) {
-  check_tokens(x, 4);
+  const ScalarType wide = compute_type(x), type = check_product(x, fc1_weight);
+  check_tokens(x, 4, x.scalar_type());
   const Tokens shape{x.size(0), x.size(1), x.size(2), x.size(3)};
   const int64_t hidden = fc1_weight.size(0);
-  check_layer(norm_weight, norm_bias, x, shape.channels, 1);
-  check_layer(fc1_weight, fc1_bias, x, hidden, shape.channels);
-  check_layer(conv_weight, conv_bias, x, hidden, 9);
-  check_layer(fc2_weight, fc2_bias, x, shape.channels, hidden);
+  check_product(x, fc2_weight);
+  check_layer(norm_weight, norm_bias, wide, wide, shape.channels, 1);
+  check_layer(fc1_weight, fc1_bias, type, wide, hidden, shape.channels);
+  check_layer(conv_weight, conv_bias, wide, wide, hidden, 9);
+  check_layer(fc2_weight, fc2_bias, type, wide, shape.channels, hidden);
   Tensor out = torch::stable::empty_like(x);
-  with_compute_type(x, [&]<typename T>(T) {
+  with_layer_types(x, fc1_weight, [&]<typename T, typename X, typename W>(T, X, W) {
     const LayerNorm<T> norm{data<T>(norm_weight), data<T>(norm_bias), static_cast<T>(eps)};
-    feed_forward<T>(shape, data<T>(x), norm, hidden, layer<T>(fc1_weight, fc1_bias),
-                    layer<T>(conv_weight, conv_bias), layer<T>(fc2_weight, fc2_bias), data<T>(out));
+    feed_forward<T, X, W>(shape, data<X>(x), norm, hidden, layer<T, W>(fc1_weight, fc1_bias),
+                          layer<T>(conv_weight, conv_bias), layer<T, W>(fc2_weight, fc2_bias), data<X>(out));
   });
   return out;
 }
@@ -176,6 +229,7 @@ Tensor conv_ffn(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_b
 LF_IMPLEMENT(CPU, m) {
   m.impl("newton_schulz_inverse", TORCH_BOX(&lf::newton_schulz_inverse));
   m.impl("project_heads", TORCH_BOX(&lf::project_heads));
+  m.impl("pool_tokens", TORCH_BOX(&lf::pool_tokens));
   m.impl("merge_heads", TORCH_BOX(&lf::merge_heads));
   m.impl("conv_ffn", TORCH_BOX(&lf::conv_ffn));
   m.impl("laplacian_attention", TORCH_BOX(&lf::laplacian_attention));

@@ -135,6 +135,48 @@ inline uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
+// Vectors of tokens of any type, which need not be aligned.
+template <typename T>
+inline vec<T> load_wide(const T* p) {
+  return load_unaligned(p);
+}
+
+template <typename T>
+inline void store_wide(T* p, vec<T> v) {
+  store_unaligned(p, v);
+}
+
+using words = uint32_t __attribute__((vector_size(LF_VECTOR_BYTES), may_alias));
+using halves = uint16_t __attribute__((vector_size(LF_VECTOR_BYTES / 2), may_alias, aligned(2)));
+
+inline vec<float> load_wide(const BFloat16* p) {
+  return (vec<float>)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
+}
+
+// Rounded to bfloat16, which is the upper half of a word; the lower is anything.
+inline words rounded(vec<float> x) {
+  const words u = (words)x;
+  return x == x ? u + 0x7FFF + ((u >> 16) & 1) : (words{} + 0x7FC00000);
+}
+
+inline void store_wide(BFloat16* p, vec<float> v) {
+#if defined(__AVX512BF16__)
+  *reinterpret_cast<halves*>(p) = (halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+  *reinterpret_cast<halves*>(p) = __builtin_convertvector(rounded(v) >> 16, halves);
+#endif
+}
+
+template <typename T>
+inline T widened(T x) {
+  return x;
+}
+inline float widened(BFloat16 x) { return from_bfloat16(x.bits); }
+
+inline void narrow_to(float x, float& out) { out = x; }
+inline void narrow_to(double x, double& out) { out = x; }
+inline void narrow_to(float x, BFloat16& out) { out.bits = to_bfloat16(x); }
+
 // Converts rows x channels from one layout to another; strides in elements.
 template <typename From, typename To, typename Convert>
 inline void copy_rows(const From* src, int64_t src_row, int64_t src_channel, To* dst, int64_t dst_row,
@@ -265,6 +307,7 @@ constexpr int kRegisters = LF_VECTOR_BYTES == 64 ? 32 : 16;
 constexpr int kKernelWidth = 2;
 constexpr int kKernelRows = kRegisters == 32 ? 12 : 5;
 constexpr int kProductRows = kRegisters == 32 ? 6 : 3;
+constexpr int kPairVectors = kRegisters == 32 ? 4 : 2;
 
 // Prefetches one cache line at each call: spread over the arithmetic, memory costs next to nothing; in one
 // burst it stalls.
@@ -445,6 +488,18 @@ void linear(T* out, int64_t out_stride, const T* a, int64_t a_row, const T* bias
   product_from<T>(out, out_stride, a, a_row, 1, b, b_stride, rows, depth, cols, {bias, false});
 }
 
+// p / q to about an ulp, for q of moderate size.
+inline vec<float> quotient(vec<float> p, vec<float> q) {
+#if defined(__AVX512F__)
+  // A step of Newton's method takes the estimate's 14 bits to 28; a division takes as long as five such
+  // steps.
+  const vec<float> estimate = (vec<float>)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)q);
+  return p * (estimate * (2.0f - q * estimate));
+#else
+  return p / q;
+#endif
+}
+
 // x Phi(x), where Phi(x) = 1/2 + x P(x^2) / Q(x^2) was fitted to the normal distribution on [-5.6, 5.6], to
 // 1e-8. Further left it is 0, which is right to 6e-8.
 inline vec<float> gelu(vec<float> x) {
@@ -462,7 +517,7 @@ inline vec<float> gelu(vec<float> x) {
   q = q * u + 2.8940081261e-2f;
   q = q * u + 2.5283381088e-1f;
   q = q * u + 1.0f;
-  const vec<float> result = x * (z * (p / q) + 0.5f);
+  const vec<float> result = x * (z * quotient(p, q) + 0.5f);
   return x < -limit ? vec<float>{} : result;
 }
 
@@ -478,80 +533,101 @@ inline vec<T> where_set(vec<T> v, const T* mask) {
   return (vec<T>)((bits)v & (bits)load(mask));
 }
 
+// GELU for what is rounded to bfloat16 next: the same form, fitted on [-4.6, 4.6] to 3e-6. Further left it is
+// 0, which is right to 1e-5.
+inline vec<float> rough_gelu(vec<float> x) {
+  constexpr float limit = 4.6f;
+  vec<float> z = x > limit ? vec<float>{} + limit : x;
+  z = z < -limit ? vec<float>{} - limit : z;
+  const vec<float> u = z * z;
+  vec<float> p = u * 3.2756193244e-05f + 3.8170435711e-03f;
+  p = p * u + 2.7672715297e-02f;
+  p = p * u + 3.9892538544e-01f;
+  vec<float> q = u * 1.1542078104e-03f + 2.3914156919e-02f;
+  q = q * u + 2.3596743347e-01f;
+  q = q * u + 1.0f;
+  const vec<float> result = x * (z * quotient(p, q) + 0.5f);
+  return x < -limit ? vec<float>{} : result;
+}
+
+// One channel's convolution, see vector_kernels.h; calls `emit` with each vector of tokens. Loads are cheaper
+// than shuffles of what is in registers (3 % of the operator, Zen 4).
+template <typename T, typename Emit>
+inline void convolve(const T* x, int64_t width, const T* left, const T* right, const T* weight, T bias,
+                     int64_t tokens, Emit emit) {
+  vec<T> w[9];
+#pragma GCC unroll 9
+  for (int tap = 0; tap < 9; ++tap) w[tap] = vec<T>{} + weight[tap];
+  const vec<T> start = vec<T>{} + bias;
+  for (int64_t i = 0; i < tokens; i += Vector<T>::lanes) {
+    vec<T> side[3];
+#pragma GCC unroll 3
+    for (int dx = 0; dx < 3; ++dx) {
+      const T* middle = x + i + dx - 1;
+      side[dx] = w[dx] * load_unaligned(middle - width) + w[3 + dx] * load_unaligned(middle) +
+                 w[6 + dx] * load_unaligned(middle + width);
+    }
+    emit(i, start + side[1] + where_set<T>(side[0], left + i) + where_set<T>(side[2], right + i));
+  }
+}
+
 template <typename T>
 void convolve_gelu(const T* x, int64_t stride, int64_t width, const T* left, const T* right, const T* weight,
-                   const T* bias, int64_t channels, int64_t tokens, T* out) {
-  for (int64_t c = 0; c < channels; ++c) {
-    vec<T> w[9];
-#pragma GCC unroll 9
-    for (int tap = 0; tap < 9; ++tap) w[tap] = vec<T>{} + weight[c * 9 + tap];
-    const vec<T> start = vec<T>{} + bias[c];
-    for (int64_t i = 0; i < tokens; i += Vector<T>::lanes) {
-      vec<T> side[3];
-#pragma GCC unroll 3
-      for (int dx = 0; dx < 3; ++dx) {
-        const T* middle = x + c * stride + i + dx - 1;
-        side[dx] = w[dx] * load_unaligned(middle - width) + w[3 + dx] * load_unaligned(middle) +
-                   w[6 + dx] * load_unaligned(middle + width);
-      }
-      const vec<T> sum = start + side[1] + where_set<T>(side[0], left + i) + where_set<T>(side[2], right + i);
-      store(out + c * tokens + i, gelu(sum));
+                   const T* bias, int64_t channels, int64_t tokens, T* out, int64_t out_stride) {
+  for (int64_t c = 0; c < channels; ++c, out += out_stride) {
+    convolve(x + c * stride, width, left, right, weight + c * 9, bias[c], tokens,
+             [&](int64_t i, vec<T> sum) { store(out + i, gelu(sum)); });
+  }
+}
+
+// 1 / sqrt(x).
+inline vec<float> reciprocal_root(vec<float> x) {
+#if defined(__AVX512F__)
+  return 1.0f / (vec<float>)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
+#else
+  for (int lane = 0; lane < Vector<float>::lanes; ++lane) x[lane] = 1 / __builtin_sqrtf(x[lane]);
+  return x;
+#endif
+}
+
+inline vec<double> reciprocal_root(vec<double> x) {
+  for (int lane = 0; lane < Vector<double>::lanes; ++lane) x[lane] = 1 / __builtin_sqrt(x[lane]);
+  return x;
+}
+
+template <typename T>
+void normalize(T* panel, int64_t stride, int64_t channels, int64_t tokens, const T* weight, const T* bias,
+               T eps) {
+  for (int64_t i = 0; i < tokens; i += Vector<T>::lanes) {
+    // Two chains, so that additions do not wait for each other.
+    vec<T> even = {}, odd = {};
+    for (int64_t c = 0; c + 1 < channels; c += 2) {
+      even += load(panel + c * stride + i);
+      odd += load(panel + (c + 1) * stride + i);
+    }
+    if (channels % 2) even += load(panel + (channels - 1) * stride + i);
+    const vec<T> mean = (even + odd) / static_cast<T>(channels);
+    even = odd = vec<T>{};
+    for (int64_t c = 0; c < channels; ++c) {
+      const vec<T> centred = load(panel + c * stride + i) - mean;
+      (c % 2 ? odd : even) += centred * centred;
+    }
+    const vec<T> factor = reciprocal_root((even + odd) / static_cast<T>(channels) + eps);
+    for (int64_t c = 0; c < channels; ++c) {
+      T* to = panel + c * stride + i;
+      store(to, (load(to) - mean) * factor * weight[c] + bias[c]);
     }
   }
 }
 
-template <typename T>
-inline T total(vec<T> v) {
-  T sum = 0;
-  for (int64_t lane = 0; lane < Vector<T>::lanes; ++lane) sum += v[lane];
-  return sum;
-}
-
-template <typename T>
-void normalize(const T* x, int64_t rows, int64_t channels, int64_t cols, const T* weight, const T* bias,
-               T eps, T* out) {
-  constexpr int64_t lanes = Vector<T>::lanes;
-  const int64_t whole = channels / lanes * lanes;
-  for (int64_t i = 0; i < rows; ++i, x += channels, out += cols) {
-    vec<T> sums = {}, squares = {};
-    for (int64_t c = 0; c < whole; c += lanes) sums += load_unaligned(x + c);
-    T mean = total<T>(sums), variance = 0;
-    for (int64_t c = whole; c < channels; ++c) mean += x[c];
-    mean /= channels;
-    for (int64_t c = 0; c < whole; c += lanes) {
-      const vec<T> centred = load_unaligned(x + c) - mean;
-      squares += centred * centred;
-    }
-    variance = total<T>(squares);
-    for (int64_t c = whole; c < channels; ++c) variance += (x[c] - mean) * (x[c] - mean);
-    const T factor = 1 / static_cast<T>(__builtin_sqrt(variance / channels + eps));
-    for (int64_t c = 0; c < whole; c += lanes)
-      store(out + c,
-            (load_unaligned(x + c) - mean) * factor * load_unaligned(weight + c) + load_unaligned(bias + c));
-    for (int64_t c = whole; c < channels; ++c) out[c] = (x[c] - mean) * factor * weight[c] + bias[c];
-    for (int64_t c = channels; c < cols; ++c) out[c] = 0;
-  }
-}
-
-template <typename T>
-void rotate(T* x, const T* cos, const T* sin, int64_t heads, int64_t head_dims, int64_t tokens) {
-  const int64_t half = head_dims / 2 * tokens;
-  for (int64_t head = 0; head < heads; ++head, x += 2 * half) {
-    for (int64_t i = 0; i < half; i += Vector<T>::lanes) {
-      const vec<T> a = load(x + i), b = load(x + half + i);
-      store(x + i, a * load(cos + i) + b * load(sin + i));
-      store(x + half + i, b * load(cos + half + i) + a * load(sin + half + i));
-    }
-  }
-}
-
-template <typename T>
-void convolve_add(const T* map, int64_t height, int64_t width, int64_t first, int64_t count, const T* weight,
-                  const T* bias, const T* added, int64_t channels, int64_t cols, T* out) {
+template <typename T, typename X>
+void convolve_add(const X* map, int64_t height, int64_t width, int64_t first, int64_t count, const T* weight,
+                  const T* bias, const X* added, int64_t channels, int64_t cols, T* out) {
   constexpr int64_t lanes = Vector<T>::lanes;
   for (int64_t i = 0; i < count; ++i, added += channels, out += cols) {
     const int64_t row = (first + i) / width, column = (first + i) % width;
-    const T *near[9], *by[9];
+    const X* near[9];
+    const T* by[9];
     int taps = 0;
     for (int64_t y = row - 1; y <= row + 1; ++y) {
       for (int64_t x = column - 1; x <= column + 1; ++x) {
@@ -562,16 +638,154 @@ void convolve_add(const T* map, int64_t height, int64_t width, int64_t first, in
     }
     int64_t c = 0;
     for (; c + lanes <= channels; c += lanes) {
-      vec<T> sum = load_unaligned(added + c) + load_unaligned(bias + c);
-      for (int tap = 0; tap < taps; ++tap) sum += load_unaligned(by[tap] + c) * load_unaligned(near[tap] + c);
+      vec<T> sum = load_wide(added + c) + load_unaligned(bias + c);
+      for (int tap = 0; tap < taps; ++tap) sum += load_unaligned(by[tap] + c) * load_wide(near[tap] + c);
       store(out + c, sum);
     }
     for (; c < channels; ++c) {
-      T sum = added[c] + bias[c];
-      for (int tap = 0; tap < taps; ++tap) sum += by[tap][c] * near[tap][c];
+      T sum = widened(added[c]) + bias[c];
+      for (int tap = 0; tap < taps; ++tap) sum += by[tap][c] * widened(near[tap][c]);
       out[c] = sum;
     }
     for (; c < cols; ++c) out[c] = 0;
+  }
+}
+
+template <typename T, typename X>
+void add(const X* x, int64_t stride, const T* rows, int64_t count, int64_t channels, int64_t cols, X* out) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  for (int64_t i = 0; i < count; ++i, x += stride, rows += cols, out += stride) {
+    int64_t c = 0;
+    for (; c + lanes <= channels; c += lanes) store_wide(out + c, load_wide(x + c) + load(rows + c));
+    for (; c < channels; ++c) narrow_to(widened(x[c]) + rows[c], out[c]);
+  }
+}
+
+// Rounded, each beside its own.
+inline words paired(vec<float> low, vec<float> high) {
+#if defined(__AVX512BF16__)
+  // 16 low ones, then 16 high ones.
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  const words order = 0x100000 + 0x10001 * words{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (words)_mm512_permutexvar_epi16((__m512i)order, both);
+#else
+  return (rounded(high) & 0xFFFF0000) | (rounded(low) >> 16);
+#endif
+}
+
+inline words load_words(const uint32_t* p) { return *reinterpret_cast<const words*>(p); }
+inline void store_words(uint32_t* p, words v) { *reinterpret_cast<words*>(p) = v; }
+
+void pair(const float* x, int64_t stride, int64_t channels, int64_t tokens, uint32_t* out,
+          int64_t out_stride) {
+  for (int64_t c = 0; c < channels; c += 2, x += 2 * stride, out += out_stride) {
+    for (int64_t i = 0; i < tokens; i += Vector<float>::lanes)
+      store_words(out + i, paired(load(x + i), load(x + stride + i)));
+  }
+}
+
+void unpair(const uint32_t* words_of_two, int64_t stride, int64_t channels, int64_t tokens, float* out,
+            int64_t out_stride) {
+  for (int64_t c = 0; c < channels; c += 2, words_of_two += stride, out += 2 * out_stride) {
+    for (int64_t i = 0; i < tokens; i += Vector<float>::lanes) {
+      const words both = load_words(words_of_two + i);
+      store(out + i, (vec<float>)(both << 16));
+      store(out + out_stride + i, (vec<float>)(both & 0xFFFF0000));
+    }
+  }
+}
+
+void convolve_gelu_pairs(const float* x, int64_t stride, int64_t width, const float* left, const float* right,
+                         const float* weight, const float* bias, int64_t channels, int64_t tokens,
+                         uint32_t* out, int64_t out_stride) {
+  for (int64_t c = 0; c < channels; c += 2, out += out_stride) {
+    convolve(x + c * stride, width, left, right, weight + c * 9, bias[c], tokens,
+             [&](int64_t i, vec<float> sum) { store_words(out + i, (words)rough_gelu(sum)); });
+    convolve(x + (c + 1) * stride, width, left, right, weight + (c + 1) * 9, bias[c + 1], tokens,
+             [&](int64_t i, vec<float> sum) {
+               store_words(out + i, paired((vec<float>)load_words(out + i), rough_gelu(sum)));
+             });
+  }
+}
+
+// sum + a b of both halves of each word.
+inline vec<float> add_pairs(vec<float> sum, words a, words b) {
+#if defined(__AVX512BF16__)
+  return (vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  sum += (vec<float>)(a << 16) * (vec<float>)(b << 16);
+  return sum + (vec<float>)(a & 0xFFFF0000) * (vec<float>)(b & 0xFFFF0000);
+#endif
+}
+
+template <int R, int C>
+inline void pairs_block(float* out, int64_t out_stride, const BFloat16* a, int64_t a_row, const float* bias,
+                        const uint32_t* b, int64_t b_stride, int64_t depth) {
+  constexpr int64_t lanes = Vector<float>::lanes;
+  vec<float> sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      sum[r][c] = bias ? vec<float>{} + bias[r] : load(out + r * out_stride + c * lanes);
+  }
+  for (int64_t k = 0; k < depth; k += 2, b += b_stride) {
+    words row[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) row[c] = load_words(b + c * lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      uint32_t factor;
+      __builtin_memcpy(&factor, a + r * a_row + k, sizeof(factor));
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sum[r][c] = add_pairs(sum[r][c], words{} + factor, row[c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store(out + r * out_stride + c * lanes, sum[r][c]);
+  }
+}
+
+void pairs_linear(float* out, int64_t out_stride, const BFloat16* a, int64_t a_row, const float* bias,
+                  const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t cols) {
+  constexpr int64_t lanes = Vector<float>::lanes;
+  in_groups<kPairVectors>(cols / lanes, [&](int64_t first_vector, int64_t vectors) {
+    with_constant<kPairVectors>(vectors, [&]<int C>(Constant<C>) {
+      const int64_t column = first_vector * lanes;
+      in_groups<kProductRows>(rows, [&](int64_t first, int64_t size) {
+        with_constant<kProductRows>(size, [&]<int R>(Constant<R>) {
+          pairs_block<R, C>(out + first * out_stride + column, out_stride, a + first * a_row, a_row,
+                            bias ? bias + first : nullptr, b + column, b_stride, depth);
+        });
+      });
+    });
+  });
+}
+
+template <typename T>
+void rotate(T* x, const T* cos, const T* sin, int64_t heads, int64_t head_dims, int64_t tokens) {
+  const int64_t half = head_dims / 2 * tokens;
+  for (int64_t head = 0; head < heads; ++head, x += 2 * half) {
+    for (int64_t i = 0; i < half; i += Vector<T>::lanes) {
+      const vec<T> a = load(x + i), b = load(x + half + i);
+      store(x + i, a * load(cos + i) - b * load(sin + i));
+      store(x + half + i, b * load(cos + i) + a * load(sin + i));
+    }
+  }
+}
+
+template <typename T>
+void accumulate(T* sum, const T* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += Vector<T>::lanes) store(sum + i, load(sum + i) + load(x + i));
+}
+
+template <typename T>
+void affine(T* rows, int64_t count, int64_t cols, const T* factors, const T* offsets) {
+  for (int64_t i = 0; i < count; ++i, rows += cols) {
+    for (int64_t c = 0; c < cols; c += Vector<T>::lanes)
+      store(rows + c, load(rows + c) * factors[i] + load(offsets + c));
   }
 }
 
@@ -638,14 +852,20 @@ constexpr Kernels<T> table() {
           linear<T>,
           convolve_gelu<T>,
           normalize<T>,
+          convolve_add<T, T>,
+          add<T, T>,
           rotate<T>,
-          convolve_add<T>,
+          accumulate<T>,
+          affine<T>,
           sign_tile<T>,
           floor_loop<T>,
           kKernelRows * kKernelWidth * Vector<T>::lanes};
 }
 
 bool supported() {
+#if defined(__AVX512BF16__)
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
+#endif
 #if defined(__AVX512F__)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -660,7 +880,13 @@ bool supported() {
 }  // namespace
 
 extern const InstructionSet instructions;
-const InstructionSet instructions = {LF_STRING(LF_ISA), supported, table<float>(), table<double>()};
+const InstructionSet instructions = {
+    LF_STRING(LF_ISA),
+    supported,
+    table<float>(),
+    table<double>(),
+    {convolve_add<float, BFloat16>, add<float, BFloat16>, pair, unpair, convolve_gelu_pairs, pairs_linear},
+};
 
 }  // namespace LF_ISA
 }  // namespace lf

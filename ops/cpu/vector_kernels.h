@@ -57,22 +57,31 @@ struct Kernels {
   // out[c][i] = GELU of bias[c] and the 3 x 3 neighbours of token i by weight[c][9]: tokens of a map of
   // `width` columns lie in a row, channels `stride` apart, and x, of any alignment, is readable `width` + 1
   // tokens to both sides. `left` and `right` have no bit set where a token has no neighbour on that side,
-  // and all bits elsewhere. out (channels, tokens); tokens a multiple of kAlign.
+  // and all bits elsewhere. tokens a multiple of kAlign.
   void (*convolve_gelu)(const T* x, int64_t stride, int64_t width, const T* left, const T* right,
-                        const T* weight, const T* bias, int64_t channels, int64_t tokens, T* out);
-  // Layer normalisation of `rows` contiguous rows of channels into rows of `cols`, padded with zeros; out
-  // alone is aligned.
-  void (*normalize)(const T* x, int64_t rows, int64_t channels, int64_t cols, const T* weight, const T* bias,
-                    T eps, T* out);
-  // x (channels, tokens) of heads, turned: x[c] cos[c] + x[c +- head_dims / 2] sin[c], tables (head_dims,
-  // tokens). tokens a multiple of kAlign.
-  void (*rotate)(T* x, const T* cos, const T* sin, int64_t heads, int64_t head_dims, int64_t tokens);
+                        const T* weight, const T* bias, int64_t channels, int64_t tokens, T* out,
+                        int64_t out_stride);
+  // Layer normalisation of tokens over their channels, in a panel (channels, stride). tokens a multiple of
+  // kAlign.
+  void (*normalize)(T* panel, int64_t stride, int64_t channels, int64_t tokens, const T* weight,
+                    const T* bias, T eps);
+  // This and the next read and write tokens, which may be narrower (see below).
   // out[i][c] = added[i][c] + bias[c] and the 3 x 3 neighbours, by weight[9][c], of token `first` + i of a
   // map (height, width, channels) with zeros around; out in rows of `cols`, padded with zeros. Nothing here
   // but out is aligned.
   void (*convolve_add)(const T* map, int64_t height, int64_t width, int64_t first, int64_t count,
                        const T* weight, const T* bias, const T* added, int64_t channels, int64_t cols,
                        T* out);
+  // out[i][c] = x[i][c] + rows[i][c]: channels of tokens that are `stride` apart, rows of `cols`.
+  void (*add)(const T* x, int64_t stride, const T* rows, int64_t count, int64_t channels, int64_t cols,
+              T* out);
+  // x (channels, tokens) of heads, turned: channels c and c + head_dims / 2 are a pair, tables (head_dims /
+  // 2, tokens). tokens a multiple of kAlign.
+  void (*rotate)(T* x, const T* cos, const T* sin, int64_t heads, int64_t head_dims, int64_t tokens);
+  // sum[i] += x[i]; n a multiple of kAlign.
+  void (*accumulate)(T* sum, const T* x, int64_t n);
+  // rows[i][c] = rows[i][c] factors[i] + offsets[c]; cols a multiple of kAlign.
+  void (*affine)(T* rows, int64_t count, int64_t cols, const T* factors, const T* offsets);
   // t = w[j][i] sign(x_ic - y_jc), sign(0) = 0: dx[i][c] -= t and dy[j][c] += t; x, dx (rows, cols), y, dy
   // (m, cols), w (m, kTile).
   void (*sign_tile)(const T* x, const T* y, const T* w, int64_t rows, int64_t m, int64_t cols, T* dx, T* dy);
@@ -82,11 +91,37 @@ struct Kernels {
   int64_t pairs_per_step;
 };
 
+// Tokens of bfloat16, and products of bfloat16 weights: computed and summed in float32.
+struct NarrowKernels {
+  // As above.
+  void (*convolve_add)(const BFloat16* map, int64_t height, int64_t width, int64_t first, int64_t count,
+                       const float* weight, const float* bias, const BFloat16* added, int64_t channels,
+                       int64_t cols, float* out);
+  void (*add)(const BFloat16* x, int64_t stride, const float* rows, int64_t count, int64_t channels,
+              int64_t cols, BFloat16* out);
+  // (channels, tokens) rounded to words of two, (channels / 2, tokens): channel 2 c is the lower half.
+  // channels even, tokens a multiple of kAlign.
+  void (*pair)(const float* x, int64_t stride, int64_t channels, int64_t tokens, uint32_t* out,
+               int64_t out_stride);
+  // The reverse, without rounding.
+  void (*unpair)(const uint32_t* words, int64_t stride, int64_t channels, int64_t tokens, float* out,
+                 int64_t out_stride);
+  // As above, into words of two; to 1e-5.
+  void (*convolve_gelu)(const float* x, int64_t stride, int64_t width, const float* left, const float* right,
+                        const float* weight, const float* bias, int64_t channels, int64_t tokens,
+                        uint32_t* out, int64_t out_stride);
+  // out[r][c] = bias[r] + sum_k a[r * a_row + k] b[k][c], b in words of two, depth even; without a bias it
+  // adds to what is there. cols a multiple of kAlign.
+  void (*linear)(float* out, int64_t out_stride, const BFloat16* a, int64_t a_row, const float* bias,
+                 const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t cols);
+};
+
 struct InstructionSet {
   const char* name;
   bool (*supported)();
   Kernels<float> f32;
   Kernels<double> f64;
+  NarrowKernels narrow;
 };
 
 // Those compiled in, widest first, ended by a null pointer.

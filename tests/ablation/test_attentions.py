@@ -8,14 +8,14 @@ from lf_dense.ablation.attentions import (
     SoftmaxAttention,
     SpatialReductionAttention,
 )
-from lf_dense.attention import rotary_table, rotate
+from lf_dense.attention import RotaryTable, rotate
 
 HW = (6, 5)
 
 
 def taken_apart(layer, x):
     """Rotated queries, keys, and values, each ``(B, heads, N, d)`` in float64."""
-    table = rotary_table(HW, layer.head_dims, torch.device("cpu"))
+    table = RotaryTable(HW, layer.head_dims, torch.device("cpu"))
     q, k = (rotate(project(x).unflatten(2, (layer.num_heads, -1)), table) for project in (layer.q, layer.k))
     return [y.transpose(1, 2).double() for y in (q, k, layer.v(x).unflatten(2, (layer.num_heads, -1)))]
 

@@ -14,16 +14,18 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from lf_dense import LaplacianAttention, use_backend
-from lf_dense.attention import rotary_table
+from lf_dense.attention import RotaryTable
 from lf_dense.backends import exporting, native
+from lf_dense.backends.reference import compute_dtype
 from lf_dense.blocks import Block, ConvFFN
 from support import ROOT
 
 obstacle = native.library_obstacle("cpu")
 pytestmark = pytest.mark.skipif(obstacle is not None, reason=str(obstacle))
-CALLS = ("conv_ffn", "project_heads", "merge_heads")
-# Odd sizes, one token, one row, maps cut into strips (more than 96 columns) and into many pieces.
-MAPS = [(1, 1), (1, 7), (9, 1), (5, 7), (13, 96), (3, 97), (40, 130), (2, 257)]
+CALLS = ("project_heads", "pool_tokens", "merge_heads", "conv_ffn")
+# Odd sizes, one token, one row, maps whose hidden channels are cut (up to 512 tokens) or whose rows, maps cut
+# into strips (more than 96 columns) and into many pieces.
+MAPS = [(1, 1), (1, 7), (9, 1), (5, 7), (16, 32), (19, 27), (13, 96), (3, 97), (40, 130), (2, 257)]
 
 
 @pytest.fixture
@@ -64,9 +66,25 @@ def exact_ffn(layer: ConvFFN, x: np.ndarray, hw_shape: tuple[int, int]) -> np.nd
     return (hidden * (1 + erf) / 2) @ w["fc2.weight"].T + w["fc2.bias"]
 
 
+def exact_pooling(tokens: np.ndarray, hw_shape: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """Means of the cells, written out cell by cell."""
+    (height, width), maps = hw_shape, tokens.reshape(tokens.shape[0], *hw_shape, -1)
+    rows, columns = min(grid[0], height), min(grid[1], width)
+    cells = []
+    for i in range(rows):
+        for j in range(columns):
+            inside = maps[
+                :,
+                i * height // rows : -(-(i + 1) * height // rows),
+                j * width // columns : -(-(j + 1) * width // columns),
+            ]
+            cells.append(inside.mean((1, 2)))
+    return np.stack(cells, 1)
+
+
 def exact_heads(layer: LaplacianAttention, tokens: np.ndarray, hw_shape: tuple[int, int]) -> list[np.ndarray]:
-    w, table = exact(layer), rotary_table(hw_shape, layer.head_dims, torch.device("cpu"))
-    cos, sin = (part.double().numpy() for part in table)
+    w, table = exact(layer), RotaryTable(hw_shape, layer.head_dims, torch.device("cpu"))
+    cos, sin = (part.double().numpy() for part in table.whole())
     results = []
     for name in "qkv":
         heads = tokens @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
@@ -106,48 +124,47 @@ def build_block(channels: int, heads: int, ratio: int, **options: object) -> Blo
 
 
 def watch_attention(block: Block, monkeypatch, attended: torch.Tensor) -> list[list[torch.Tensor]]:
-    """Put a constant in the attention's place, and note what it is given."""
+    """Put a constant in the attention's place, and note queries, keys, values and landmarks."""
     given = []
 
-    def attend(*inputs):
-        given.append([tensor.flatten(2) for tensor in inputs[:3]])
-        return attended
+    def attend(q, k, v, hw_shape, landmarks=None):
+        if landmarks is None:
+            landmarks = block.attn.pool_landmarks(q, hw_shape)
+        given.append([tensor.flatten(2) for tensor in (q, k, v, landmarks.transpose(1, 2))])
+        return attended.to(q.dtype)
 
     monkeypatch.setattr(block.attn, "attend", attend)
     return given
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        (64, 1, 8, {}),
-        (40, 2, 3, {"qkv_bias": False}),
-        (320, 5, 4, {}),
-        (8, 2, 1, {"rotary": False}),
-        (4, 1, 2, {}),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("hw_shape", MAPS, ids=str)
-@torch.no_grad()
-def test_a_block_is_the_literal_computation(hw_shape, settings, dtype, calls, monkeypatch):
-    channels, heads, ratio, options = settings
-    block = build_block(channels, heads, ratio, **options).to(dtype)
-    x = torch.randn(2, hw_shape[0] * hw_shape[1], channels, dtype=dtype)
-    table = rotary_table(hw_shape, channels // heads, x.device)
-    attended = torch.randn(2, x.shape[1], heads, channels // heads, dtype=dtype)
+SETTINGS = [
+    (64, 1, 8, {}),
+    (40, 2, 3, {"qkv_bias": False}),
+    (320, 5, 4, {}),
+    (8, 2, 1, {"rotary": False}),
+    (4, 1, 2, {"landmark_grid": (3, 5)}),
+]
+
+
+def check_block(block: Block, x: torch.Tensor, hw_shape: tuple[int, int], calls: list, monkeypatch) -> None:
+    """The operators against the literal computation of what the weights say, beside plain PyTorch."""
+    heads, head_dims = block.attn.num_heads, block.attn.head_dims
+    table = RotaryTable(hw_shape, head_dims, x.device)
+    attended = torch.randn(*x.shape[:2], heads, head_dims).to(x.dtype)
     given = watch_attention(block, monkeypatch, attended)
     found = block(x, hw_shape, table)
-    assert calls == ["project_heads", "merge_heads", "conv_ffn"]
+    assert calls == list(CALLS)
     with use_backend("reference"):
         plain = block(x, hw_shape, table)
+    assert found.dtype == plain.dtype
     tokens = x.double().numpy()
     heads_wanted = exact_heads(block.attn, exact_norm(block.norm1, tokens), hw_shape)
-    for ours, theirs, wanted in zip(*given, heads_wanted):
+    landmarks = exact_pooling(heads_wanted[0], hw_shape, block.attn.landmark_grid)
+    for ours, theirs, wanted in zip(*given, [*heads_wanted, landmarks]):
+        assert ours.dtype == theirs.dtype
         holds(ours, theirs, wanted)
     w = exact(block.attn)
-    values = heads_wanted[2].reshape(2, *hw_shape, -1)
+    values = heads_wanted[2].reshape(x.shape[0], *hw_shape, -1)
     local = exact_convolution(values, w["dwconv.weight"], w["dwconv.bias"]).reshape(x.shape)
     tokens = (
         tokens + (local + attended.double().numpy().reshape(x.shape)) @ w["proj.weight"].T + w["proj.bias"]
@@ -157,26 +174,70 @@ def test_a_block_is_the_literal_computation(hw_shape, settings, dtype, calls, mo
     assert torch.equal(block(strided, hw_shape, table), found)
 
 
-def operator_calls(dtype):
-    block = build_block(8, 2, 3).to(dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("hw_shape", MAPS, ids=str)
+@torch.no_grad()
+def test_a_block_is_the_literal_computation(hw_shape, settings, dtype, calls, monkeypatch):
+    channels, heads, ratio, options = settings
+    block = build_block(channels, heads, ratio, **options).to(dtype)
+    x = torch.randn(2, hw_shape[0] * hw_shape[1], channels).to(dtype)
+    check_block(block, x, hw_shape, calls, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hw_shape", [(5, 7), (19, 27), (3, 97)], ids=str)
+@torch.no_grad()
+def test_the_literal_computation_under_autocast(hw_shape, dtype, calls, monkeypatch):
+    """Tokens as wide as the residual is, weights float32, products bfloat16."""
+    block, x = build_block(64, 2, 4), torch.randn(2, hw_shape[0] * hw_shape[1], 64).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_block(block, x, hw_shape, calls, monkeypatch)
+
+
+def operator_calls(dtype, narrow=None):
+    """Every operator with arguments; ``narrow`` is the dtype of the products' weights and of heads."""
+    block, narrow = build_block(8, 2, 3), narrow or dtype
     attn, ffn = block.attn, block.ffn
-    x, maps = torch.randn(2, 12, 8, dtype=dtype), torch.randn(2, 3, 4, 8, dtype=dtype)
-    table = [part.to(dtype) for part in rotary_table((3, 4), 4, x.device)]
-    ops = torch.ops.lf_dense
+    maps = torch.randn(2, 3, 4, 8).to(dtype)
+    heads = [torch.randn(2, 3, 4, 8).to(narrow) for _ in range(2)]
+    ops, wide = torch.ops.lf_dense, compute_dtype(dtype)
+    axes = [axis.to(wide) for axis in RotaryTable((3, 4), 4, maps.device).axes]
 
-    def weights(*layers):
-        return [weight.detach() for layer in layers for weight in (layer.weight, layer.bias)]
+    def vectors(*layers):
+        return [weight.detach().to(wide) for layer in layers for weight in (layer.weight, layer.bias)]
 
+    def products(*layers):
+        return [
+            part
+            for layer in layers
+            for part in (layer.weight.detach().to(narrow), layer.bias.detach().to(wide))
+        ]
+
+    qkv = products(attn.q, attn.k, attn.v)
     return [
-        (ops.project_heads, (x, *weights(block.norm1), 1e-6, *weights(attn.q, attn.k, attn.v), *table)),
-        (ops.merge_heads, (x, torch.randn_like(x), maps, *weights(attn.dwconv, attn.proj))),
-        (ops.conv_ffn, (maps, *weights(block.norm2), 1e-6, *weights(ffn.fc1, ffn.dwconv, ffn.fc2))),
+        (ops.project_heads, (maps, *vectors(block.norm1), 1e-6, *qkv, *axes)),
+        (ops.pool_tokens, (heads[0], 2, 3)),
+        (ops.merge_heads, (maps, *heads, *vectors(attn.dwconv), *products(attn.proj))),
+        (
+            ops.conv_ffn,
+            (maps, *vectors(block.norm2), 1e-6, *products(ffn.fc1), *vectors(ffn.dwconv), *products(ffn.fc2)),
+        ),
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_opcheck(dtype):
-    for operator, args in operator_calls(dtype):
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32,),
+        (torch.float64,),
+        (torch.bfloat16,),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_opcheck(dtypes):
+    for operator, args in operator_calls(*dtypes):
         torch.library.opcheck(operator, args)
 
 
@@ -187,23 +248,33 @@ def test_a_gradient_is_refused_by_name():
             (found[0] if isinstance(found, (tuple, list)) else found).sum().backward()
 
 
-@pytest.mark.parametrize("operator", range(3))
-def test_wrong_shapes_are_refused(operator):
-    call, args = operator_calls(torch.float32)[operator]
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,)], ids=str)
+@pytest.mark.parametrize("operator", range(4))
+def test_wrong_shapes_and_dtypes_are_refused(operator, dtypes):
+    call, args = operator_calls(*dtypes)[operator]
     for index, tensor in enumerate(args):
         if not isinstance(tensor, torch.Tensor):
             continue
-        wrong = [
-            *args[:index],
-            torch.cat([tensor, tensor], 1 if tensor.ndim == 4 and index else -1),
-            *args[index + 1 :],
-        ]
-        with pytest.raises(RuntimeError, match="lf_dense"):
-            call(*wrong)
+        wider, halved = torch.cat([tensor, tensor], -1), tensor.half()
+        # Pooling takes any map.
+        for wrong in [halved] if call is torch.ops.lf_dense.pool_tokens else [wider, halved]:
+            with pytest.raises(RuntimeError, match="lf_dense"):
+                call(*args[:index], wrong, *args[index + 1 :])
+
+
+def test_what_does_not_fit_is_refused():
+    (_, _), (pool, (maps, *_)), _, (ffn, args) = operator_calls(torch.float32)
+    for grid in [(4, 2), (0, 2), (2, 5)]:
+        with pytest.raises(RuntimeError, match="does not fit a map of 3 x 4"):
+            pool(maps, *grid)
+    odd = [tensor[..., :7].contiguous() if torch.is_tensor(tensor) else tensor for tensor in args[:4]]
+    weight = torch.randn(24, 7, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="even number of channels, and here are 7"):
+        ffn(*odd, weight, *args[5:])
 
 
 def run(block: Block, x: torch.Tensor, hw_shape: tuple[int, int]) -> torch.Tensor:
-    return block(x, hw_shape, rotary_table(hw_shape, block.attn.head_dims, x.device))
+    return block(x, hw_shape, RotaryTable(hw_shape, block.attn.head_dims, x.device))
 
 
 @torch.no_grad()
@@ -229,20 +300,19 @@ def test_nan_stays_in_its_neighbourhood():
     for row, column in [(0, 0), (4, 10), (5, 0), (8, 10)]:
         spoilt = x.clone()
         spoilt[0, row, column] = float("nan")
-        found = native.conv_ffn(
-            spoilt.flatten(1, 2), (9, 11), block.norm2, block.ffn.fc1, block.ffn.dwconv, block.ffn.fc2
-        )
+        found = native.conv_ffn(spoilt, block.norm2, block.ffn.fc1, block.ffn.dwconv, block.ffn.fc2)
         near = [
             [y, z]
             for y in range(max(0, row - 1), min(9, row + 2))
             for z in range(max(0, column - 1), min(11, column + 2))
         ]
-        assert found.isnan().any(-1).view(9, 11).nonzero().tolist() == near
-        assert found.isnan().all(-1).view(9, 11).nonzero().tolist() == near
+        assert found[0].isnan().any(-1).nonzero().tolist() == near
+        assert found[0].isnan().all(-1).nonzero().tolist() == near
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1.2e-6), (torch.bfloat16, 1e-5)], ids=str)
 @torch.no_grad()
-def test_gelu_of_large_numbers():
+def test_gelu_of_large_numbers(dtype, allowed):
     """A network that returns the GELU of its convolution's bias: far left 0, far right the number itself."""
     numbers = torch.cat([torch.linspace(-12, 12, 4092), torch.tensor([-3e38, -1e4, 1e4, 3e38])])
     layer, norm = ConvFFN(4096, 4096, 0.0), nn.LayerNorm(4096)
@@ -250,9 +320,11 @@ def test_gelu_of_large_numbers():
         weight.zero_()
     layer.fc2.weight.copy_(torch.eye(4096))
     layer.dwconv.bias.copy_(numbers)
-    found = native.conv_ffn(torch.zeros(1, 1, 4096), (1, 1), norm, layer.fc1, layer.dwconv, layer.fc2)[0, 0]
-    wanted = nn.functional.gelu(numbers.double())
-    assert ((found - wanted).abs() <= 1.2e-6 + 1e-7 * wanted.abs()).all()
+    layer, norm, x = layer.to(dtype), norm.to(dtype), torch.zeros(1, 1, 1, 4096, dtype=dtype)
+    found = native.conv_ffn(x, norm, layer.fc1, layer.dwconv, layer.fc2).flatten()
+    wanted = nn.functional.gelu(layer.dwconv.bias.double())
+    relative = max(1e-7, 1.1 * torch.finfo(dtype).eps)
+    assert ((found - wanted).abs() <= allowed + relative * wanted.abs()).all()
 
 
 class Watched(nn.Linear):
@@ -312,28 +384,31 @@ def test_what_asks_for_a_gradient_trains_in_plain_pytorch(calls):
     assert run(block, x.requires_grad_(), (2, 3)).requires_grad
     assert calls == []
     run(block, x.detach(), (2, 3))
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 @torch.no_grad()
 def test_a_learnt_scale_reaches_the_attention(calls):
     block, x = build_block(16, 2, 4, learn_kernel_scale=True), torch.randn(1, 12, 16)
     found = run(block, x, (3, 4))
-    assert len(calls) == 3
+    assert len(calls) == 4
     with use_backend("reference"):
         torch.testing.assert_close(found, run(block, x, (3, 4)), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def test_narrow_tensors_autocast_and_traces_run_by_themselves(calls):
+def test_other_dtypes_devices_and_traces_run_by_themselves(calls):
     block, x = build_block(16, 2, 4), torch.randn(1, 6, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         run(block, x, (2, 3))
-    run(block.bfloat16(), x.bfloat16(), (2, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        run(block.double(), x.double(), (2, 3))
+    run(block.half(), x.half(), (2, 3))
     block.float().requires_grad_(False)
     with use_backend("reference"):
         run(block, x, (2, 3))
     torch.jit.trace(lambda tokens: run(block, tokens, (2, 3)), x, check_trace=False)
+    run(block.to("meta"), x.to("meta"), (2, 3))
     assert calls == []
 
 
@@ -399,7 +474,7 @@ def test_exported_networks_add_up_groups_of_hidden_channels(ratio, groups, monke
     holds(found, layer.whole(x, (5, 7)), exact_ffn(layer, x.double().numpy(), (5, 7)))
 
 
-@pytest.mark.parametrize("name", ["avx2", "plain"])
+@pytest.mark.parametrize("name", ["avx512", "avx2", "plain"])
 def test_other_instruction_sets(name):
     if name not in native.build_info()["instruction_sets_supported"]:
         pytest.skip(f"this processor does not run {name}")
