@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ cv2 = pytest.importorskip("cv2")
 pytest.importorskip("mmengine")
 coco_mask = pytest.importorskip("pycocotools.mask")
 
+from lf_dense import errors
 from lf_dense.errors import UsageError
 from lf_dense.training.toy_shapes import CLASSES, draw_scene, make_shapes
+from support.driving import load_tool
 
 
 def digest(folder):
@@ -61,6 +64,25 @@ def test_another_set_is_replaced_when_asked_for_alone(made, tmp_path):
     assert digest(out) == before
     fewer = digest(make_shapes(out, train=2, val=1, size=96, seed=5, overwrite=True))
     assert fewer == digest(make_shapes(tmp_path / "new", train=2, val=1, size=96, seed=5))
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        (None, "python tools/train.py configs/retinanet_lf_demo.py"),
+        ("lf-dense shapes", "lf-dense train lf_dense::retinanet_lf_demo.py"),
+    ],
+)
+def test_the_tool_says_what_it_wrote_and_what_comes_next(program, command, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "set"
+    arguments = ["--out", str(out), "--train", "2", "--val", "1", "--size", "64"]
+    monkeypatch.setattr(sys, "argv", ["make_shapes.py", *arguments])
+    monkeypatch.setattr(errors, "program", program)
+    load_tool("make_shapes").main()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{out} has 2 training and 1 held-out images of 64 pixels a side:"
+    assert all((out / name).exists() for name in ("train", "val", "annotations", "semantic"))
+    assert said[-1].strip() == f"{command} --cfg-options data_root={out}"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
