@@ -1,7 +1,12 @@
 """The documentation site: ``make site``."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
@@ -34,6 +39,13 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
+# The kernels run without the user's own settings. They warn that they talk over TCP, which stays within this
+# machine.
+ipython_folder = tempfile.TemporaryDirectory()
+profile = Path(ipython_folder.name, "profile_default")
+profile.mkdir()
+Path(profile, "ipython_kernel_config.py").write_text("get_config().IPKernelApp.log_level = 40\n")
+os.environ["IPYTHONDIR"] = ipython_folder.name
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -47,5 +59,18 @@ html_title = f"lf_dense {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+# A click on a picture opens it in its full size.
+html_scaled_image_link = True
 html_show_sourcelink = False
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+def scale_pictures(app: Sphinx, doctree: nodes.document) -> None:
+    """Give each picture a scale, since Sphinx links those alone to their files."""
+    for picture in doctree.findall(nodes.image):
+        if not {"scale", "width", "height"} & set(picture.attributes):
+            picture["scale"] = 100
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("doctree-read", scale_pictures)

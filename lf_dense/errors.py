@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,8 @@ def run_tool(main: Callable[[], int | None]) -> None:
     and exits with 2. With ``--traceback`` it is shown whole.
     """
     keep_memory()
+    # The set-up's torchvision is of another release than torch, and its decoders of files are not used.
+    warnings.filterwarnings("ignore", "Failed to load image Python extension", module=r"torchvision\.io")
     try:
         sys.exit(main())
     except UsageError as error:

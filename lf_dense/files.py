@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,21 @@ def replace_all(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         os.chmod(path, 0o666 & ~umask)
         os.replace(path, target / path.name)
+
+
+def picture_names(images: Iterable[Path]) -> dict[Path, Path]:
+    """The name of each image's PNG: its own where it is one, and else with ``.png`` behind it.
+
+    ``a.jpg`` becomes ``a.jpg.png``, so ``a.jpg`` and ``a.png`` stay two. An image that is called
+    ``a.jpg.png`` beside ``a.jpg`` gets a second ``.png``. No two names are the same.
+    """
+    images = set(images)
+    return {
+        image: image
+        if image.suffix.lower() == ".png" and image.with_suffix("") not in images
+        else image.with_name(f"{image.name}.png")
+        for image in images
+    }
 
 
 def find_images(path: str | Path) -> list[Path]:

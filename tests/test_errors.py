@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import pytest
 
@@ -43,6 +44,18 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 @pytest.mark.parametrize("code", [None, 0, 1])
 def test_the_code_that_main_returns_is_the_exit_code(monkeypatch, code):
     assert ended(monkeypatch, lambda: code) == code
+
+
+def test_a_torchvision_without_its_decoders_is_no_news(monkeypatch):
+    text = "Failed to load image Python extension: 'image.so'"
+
+    def main():
+        with warnings.catch_warnings(record=True) as caught:
+            for module in ("torchvision.io.image", "mine"):
+                warnings.warn_explicit(text, UserWarning, "image.py", 13, module=module)
+        return len(caught)
+
+    assert ended(monkeypatch, main) == 1
 
 
 def test_every_tool_takes_traceback():

@@ -75,7 +75,7 @@ def main() -> None:
             "default_hooks.checkpoint.interval=1",
         ]
 
-    making = ["tools/make_shapes.py", "--out", data]
+    making = ["tools/make_shapes.py", "--out", data, "--overwrite"]
     step("make textured shapes, 400 training and 80 held-out images", *making)
     training = ["tools/train.py", CONFIG, "--work-dir", train_dir]
     step("train a RetinaNet", *training, "--cfg-options", *options)

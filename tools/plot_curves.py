@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lf_dense.errors import UsageError, run_tool, tool_parser
-from lf_dense.training.curves import compare_losses, plot_curves
+from lf_dense.training.curves import compare_losses, logged_metric, plot_curves
 
 
 def parse_group(text: str) -> tuple[str, list[str]]:
@@ -22,8 +22,7 @@ def main() -> None:
     parser.add_argument("--out", help="picture to write (default: WORK_DIR/curves.png)")
     parser.add_argument(
         "--metric",
-        default="coco/bbox_mAP_50",
-        help="validation metric, as the log names it (default: %(default)s)",
+        help="validation metric, as the log names it (default: the main one, such as coco/bbox_mAP or mIoU)",
     )
     parser.add_argument(
         "--compare",
@@ -38,7 +37,8 @@ def main() -> None:
     if args.compare:
         path = compare_losses(dict(args.compare), args.out)
     else:
-        path = plot_curves(args.work_dir, args.out or Path(args.work_dir, "curves.png"), args.metric)
+        metric = logged_metric(args.work_dir, args.metric)
+        path = plot_curves(args.work_dir, args.out or Path(args.work_dir, "curves.png"), metric)
     print(f"wrote {path}")
 
 

@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     set_local_rank(args.local_rank)
     runner = build_training_runner(
-        read_config(args),
+        read_config(args, training=True),
         work_dir=args.work_dir,
         resume=args.resume,
         amp=args.amp,

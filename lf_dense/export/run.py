@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import errors
 from ..errors import UsageError, run_tool, tool_parser
-from ..files import find_images, write_atomically
+from ..files import find_images, picture_names, write_atomically
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -44,6 +44,7 @@ def predict_images(runtime: Runtime, source: str | Path, out: str | Path, score_
     # Results of an earlier call below the source are no input.
     images = [image for image in find_images(source) if out.resolve() not in image.resolve().parents]
     root = Path(source) if Path(source).is_dir() else Path(source).parent
+    pictures = picture_names(image.relative_to(root) for image in images)
     records: dict[str, Any] = {}
     unreadable: list[str] = []
     counted = len(images) > 1 and sys.stdout.isatty()
@@ -54,11 +55,10 @@ def predict_images(runtime: Runtime, source: str | Path, out: str | Path, score_
             unreadable.append(str(image))
         else:
             result = runtime.predict(pixels, score_thr)
-            # The suffix stays in the name: a.jpg and a.png are two images.
-            write_png(out / "pictures" / f"{name}.png", runtime.draw(pixels, result, score_thr))
+            write_png(out / "pictures" / pictures[name], runtime.draw(pixels, result, score_thr))
             labels = result.pop("labels", None)
             if labels is not None:
-                write_png(out / "labels" / f"{name}.png", labels)
+                write_png(out / "labels" / pictures[name], labels)
             records[name.as_posix()] = result
         if counted:
             print(f"\r{number} of {len(images)}", end="\n" if number == len(images) else "", flush=True)

@@ -61,6 +61,8 @@ class _Swap:
         self.scope = framework_of(config).scope
         self.backbone = backbone
         self.notes: list[str] = []
+        # These concern only who trains.
+        self.training_notes: list[str] = []
 
     def run(self) -> None:
         holder, old = self._find()
@@ -174,13 +176,13 @@ class _Swap:
             if any(type_name(initializer) == "Pretrained" for initializer in initializers):
                 kept = [part for part in initializers if type_name(part) != "Pretrained"]
                 settings["init_cfg"] = kept or None
-                self.notes.append(
+                self.training_notes.append(
                     "the weights that init_cfg loaded for the whole model are not loaded, since they belong "
                     "to the old backbone"
                 )
         if self.config.get("load_from"):
             self.config.load_from = None
-            self.notes.append("load_from is dropped, since its weights belong to the old backbone")
+            self.training_notes.append("load_from is dropped, since its weights belong to the old backbone")
 
     def _set_preprocessing(self, preprocessors: list[Any]) -> None:
         """Normalise with ImageNet's mean and deviation, red first."""
@@ -224,7 +226,7 @@ class _Swap:
         is_known = constructor in _CONSTRUCTORS
         if not is_known:
             wrapper.pop("constructor")
-            self.notes.append(
+            self.training_notes.append(
                 f"{constructor} knows the layers of {old_name} alone, and is dropped: all layers have one "
                 "learning rate"
             )
@@ -247,7 +249,7 @@ class _Swap:
         lr, images, decay = _RECIPES[self.scope]
         base = (self.config.get("auto_scale_lr") or {}).get("base_batch_size") or images
         new = {"type": "AdamW", "lr": lr * base / images, "weight_decay": decay}
-        self.notes.append(
+        self.training_notes.append(
             f"{type_name(optimizer)} at {optimizer.get('lr')} was tuned for {old_name}, and is AdamW at "
             f"{new['lr']:g} with weight decay {decay:g} now: a starting point, not a tuned recipe"
         )
@@ -304,6 +306,8 @@ def swap_backbone(
     cfg: str | Config,
     arch: str | dict[str, Any] = "tiny",
     pretrained: str | None = None,
+    *,
+    training: bool = True,
     **backbone_options: Any,
 ) -> Config:
     """Replace the backbone of a config by a LaplacianFormer, and rewire all that depends on it.
@@ -319,6 +323,7 @@ def swap_backbone(
             not modified.
         arch: a preset's name, or a dict as ``LaplacianFormer`` takes it.
         pretrained: checkpoint of a LaplacianFormer: a bare backbone, a classifier, a detector or a segmentor.
+        training: also log what concerns only a training with the new config: optimizer and weights.
         **backbone_options: any other argument of ``LaplacianFormer``, ``drop_path_rate`` for example.
 
     Returns:
@@ -334,6 +339,6 @@ def swap_backbone(
     swap.run()
     if pretrained:
         set_pretrained(config, pretrained)
-    for note in swap.notes:
+    for note in [*swap.notes, *(swap.training_notes if training else ())]:
         print_log(f"backbone replaced: {note}.", logger="current", level=logging.WARNING)
     return config

@@ -62,8 +62,12 @@ def trust_named(args: argparse.Namespace) -> None:
             trust_checkpoint(source)
 
 
-def read_config(args: argparse.Namespace) -> Config:
+def read_config(args: argparse.Namespace, training: bool = False) -> Config:
     """The config of a command line, with its backbone replaced where asked, and then its settings overridden.
+
+    Args:
+        args: what was parsed.
+        training: also say what the new backbone means for a training.
 
     Raises:
         UsageError: config, backbone or weights cannot work.
@@ -71,7 +75,7 @@ def read_config(args: argparse.Namespace) -> Config:
     config = load_config(args.config)
     trust_named(args)
     if args.backbone:
-        config = swap_backbone(config, args.backbone, args.pretrained)
+        config = swap_backbone(config, args.backbone, args.pretrained, training=training)
         config.setdefault(
             "work_dir", str(DEFAULT_WORK_DIRS / f"{Path(config.filename).stem}_lf-{args.backbone}")
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,11 @@ from ..files import read_json_lines, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# Summaries of a task, by the last part of the name that the frameworks give them.
+_MAIN_METRIC = re.compile(r"(.*[/_])?(mAP|AP|mIoU|mDice|mFscore|PQ|AR@\d+|top1|accuracy|f1-score)")
+# LoggerHook and the log add these to what evaluators yield.
+_NO_METRICS = ("time", "data_time", "step")
 
 
 def read_scalars(work_dir: str | Path, run: str | None = None) -> list[dict[str, Any]]:
@@ -65,6 +72,36 @@ def read_curves(
             f"{work_dir} holds no training log: give the work dir of a training run, not of a test."
         )
     return dict(sorted(losses.items())), dict(sorted(scores.items()))
+
+
+def main_metric(metrics: Mapping[str, object]) -> str | None:
+    """The metric that stands for a model's quality: the first that looks like a summary, else the first.
+
+    Args:
+        metrics: what the evaluators yield, in their order; what is no number does not count.
+
+    Returns:
+        The name, or None where there is none.
+    """
+    names = [name for name, value in metrics.items() if isinstance(value, Real) and name not in _NO_METRICS]
+    return next(filter(_MAIN_METRIC.fullmatch, names), names[0] if names else None)
+
+
+def logged_metric(work_dir: str | Path, metric: str | None = None) -> str:
+    """The metric of a work dir to draw: the one asked for, else the main one of what was logged, else "".
+
+    Raises:
+        UsageError: nothing has been logged there, or the metric asked for has not.
+    """
+    found: dict[str, Any] = {}
+    for record in read_scalars(work_dir):
+        if "loss" not in record:
+            found = {**record, **found}
+    if metric is not None and metric not in found:
+        names = [name for name, value in found.items() if isinstance(value, Real) and name not in _NO_METRICS]
+        wanted = f"it has {', '.join(names)}; name one of these" if names else "it has no validation yet"
+        raise UsageError(f"the log of {work_dir} has no {metric}: {wanted}, or leave --metric out.")
+    return main_metric(found) or "" if metric is None else metric
 
 
 def save_figure(figure: Figure, out: str | Path) -> Path:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from importlib.util import find_spec
-from numbers import Real
 from pathlib import Path
 
 from mmengine.config import Config
@@ -15,14 +12,10 @@ from mmengine.runner import Runner
 
 from ..errors import UsageError, reason_of
 from ..frameworks import type_name
-from .curves import plot_curves
+from .curves import main_metric, plot_curves
 
 CURVES = "curves.png"
 TENSORBOARD = "TensorboardVisBackend"
-# Summaries of a task, by the last part of the name that the frameworks give them.
-_MAIN_METRIC = re.compile(r"(.*[/_])?(mAP|AP|mIoU|mDice|mFscore|PQ|AR@\d+|top1|accuracy|f1-score)")
-# LoggerHook adds these to what evaluators yield.
-_TIMES = ("time", "data_time")
 
 
 def add_tensorboard(config: Config) -> None:
@@ -38,19 +31,6 @@ def add_tensorboard(config: Config) -> None:
     backends = list(config.visualizer.get("vis_backends") or [{"type": "LocalVisBackend"}])
     if TENSORBOARD not in map(type_name, backends):
         config.visualizer.vis_backends = [*backends, {"type": TENSORBOARD}]
-
-
-def main_metric(metrics: Mapping[str, object]) -> str | None:
-    """The metric that stands for a model's quality: the first that looks like a summary, else the first.
-
-    Args:
-        metrics: what the evaluators yield, in their order; what is no number does not count.
-
-    Returns:
-        The name, or None where there is none.
-    """
-    names = [name for name, value in metrics.items() if isinstance(value, Real) and name not in _TIMES]
-    return next(filter(_MAIN_METRIC.fullmatch, names), names[0] if names else None)
 
 
 class CurvesHook(Hook):

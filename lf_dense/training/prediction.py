@@ -17,7 +17,7 @@ from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
 from mmengine.structures import BaseDataElement
 
 from ..errors import UsageError
-from ..files import find_images, write_atomically
+from ..files import find_images, picture_names, write_atomically
 from ..frameworks import datasets_of, framework_of, type_name
 from ..swap.settings import nested
 from ..weights.reading import guard_mmengine, read_checkpoint
@@ -235,6 +235,7 @@ def predict_images(
     # Results of an earlier call below the source are no input.
     images = [image for image in find_images(source) if out.resolve() not in image.resolve().parents]
     root = Path(source) if Path(source).is_dir() else Path(source).parent
+    pictures = picture_names(image.relative_to(root) for image in images)
     records: dict[str, Any] = {}
     unreadable: list[str] = []
     refused: list[UsageError] = []
@@ -248,9 +249,8 @@ def predict_images(
             unreadable.append(str(image))
         else:
             sample = predictor.predict(image)
-            # The suffix stays in the name: a.jpg and a.png are two images.
             predictor.draw(
-                image.name, mmcv.bgr2rgb(pixels), sample, out / "pictures" / f"{name}.png", score_thr
+                image.name, mmcv.bgr2rgb(pixels), sample, out / "pictures" / pictures[name], score_thr
             )
             height, width = sample.ori_shape
             records[name.as_posix()] = {
@@ -259,7 +259,7 @@ def predict_images(
                 **predictor.record(sample, score_thr),
             }
             if "pred_sem_seg" in sample:
-                labels = out / "labels" / f"{name}.png"
+                labels = out / "labels" / pictures[name]
                 labels.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(sample.pred_sem_seg.data.numpy()[0].astype(np.uint8)).save(labels)
             if also:

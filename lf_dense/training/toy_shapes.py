@@ -11,12 +11,15 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..files import write_atomically
 
 CLASSES = ("disk", "rectangle", "triangle", "ring")
 MAX_TILT = math.pi / 9
 BACKGROUND = 0
+SPLITS = ("train", "val")
+# What tells a set of this module from other files: the arguments that it was made by.
+MARK = "made_by.json"
 MIN_VISIBLE_SHARE = 0.5
 MIN_VISIBLE_PIXELS = 60
 
@@ -118,7 +121,45 @@ def _write_png(path: Path, image: np.ndarray) -> None:
         raise OSError(f"could not write {path}")
 
 
-def make_shapes(out: str | Path, train: int = 400, val: int = 80, size: int = 192, seed: int = 0) -> Path:
+def _claim(out: Path, arguments: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the set has yet to be made in a folder.
+
+    Raises:
+        UsageError: the folder is somebody else's, or has another set and may not be overwritten.
+    """
+    mark = out / MARK
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: name a folder for the set.")
+    if not mark.is_file():
+        if out.is_dir() and any(out.iterdir()):
+            raise UsageError(
+                f"{out} holds other files and no set of shapes ({MARK}), so nothing is written there: name a "
+                "new folder."
+            )
+        return True
+    try:
+        found = json.loads(mark.read_text())
+        finished = found.pop("finished", True)
+    except (AttributeError, ValueError):
+        found, finished = {}, False
+    if found == arguments:
+        return not finished
+    if not overwrite:
+        raise UsageError(
+            f"{out} has a set of shapes made by other arguments ({one_line(mark.read_text())}): name another "
+            "folder, or add --overwrite to replace it."
+        )
+    return True
+
+
+def make_shapes(
+    out: str | Path,
+    train: int = 400,
+    val: int = 80,
+    size: int = 192,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
     """Write the set: images, label maps and annotations.
 
     Images are PNG files in ``train/`` and ``val/``, maps of class indices are in ``semantic/``, and boxes and
@@ -133,9 +174,10 @@ def make_shapes(out: str | Path, train: int = 400, val: int = 80, size: int = 19
         train, val: numbers of images.
         size: height and width in pixels, at least 64.
         seed: any non-negative integer.
+        overwrite: replace a set in ``out`` that was made by other arguments.
 
     Raises:
-        UsageError: an argument is out of range.
+        UsageError: an argument is out of range, or ``out`` has other files or another set.
     """
     if train < 1 or val < 1 or size < 64 or seed < 0:
         raise UsageError(
@@ -143,13 +185,17 @@ def make_shapes(out: str | Path, train: int = 400, val: int = 80, size: int = 19
             "seed 0 or more."
         )
     out = Path(out)
-    done = out / "made_by.json"
-    arguments = json.dumps({"train": train, "val": val, "size": size, "seed": seed, "version": 1})
-    if done.is_file() and done.read_text() == arguments:
+    arguments = {"train": train, "val": val, "size": size, "seed": seed, "version": 1}
+    if not _claim(out, arguments, overwrite):
         return out
-    done.unlink(missing_ok=True)
+    # A set that is interrupted from here on is known as one, and made again.
+    write_atomically(out / MARK, json.dumps({**arguments, "finished": False}).encode())
+    for split in SPLITS:
+        for folder in (out / split, out / "semantic" / split):
+            for old in folder.glob(6 * "[0-9]" + ".png"):
+                old.unlink()
     (out / "annotations").mkdir(parents=True, exist_ok=True)
-    for split_number, (split, count) in enumerate((("train", train), ("val", val))):
+    for split_number, (split, count) in enumerate(zip(SPLITS, (train, val))):
         for folder in (out / split, out / "semantic" / split):
             folder.mkdir(parents=True, exist_ok=True)
         images: list[dict[str, Any]] = []
@@ -167,5 +213,5 @@ def make_shapes(out: str | Path, train: int = 400, val: int = 80, size: int = 19
         ]
         content = {"images": images, "annotations": annotations, "categories": categories}
         write_atomically(out / "annotations" / f"instances_{split}.json", json.dumps(content).encode())
-    write_atomically(done, arguments.encode())
+    write_atomically(out / MARK, json.dumps(arguments).encode())
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from pathlib import Path
@@ -45,6 +46,18 @@ def latest_good_checkpoint(work_dir: str | Path) -> str:
     )
 
 
+def _saved_beside(checkpoint: str) -> str:
+    """The configs that trainings saved beside a checkpoint, the newest first, as the end of a sentence."""
+    found = {}
+    for path in Path(checkpoint).parent.glob("*.py") if Path(checkpoint).is_file() else ():
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            # Other Python files may lie there.
+            if re.search(r"^model = ", path.read_text(), re.M):
+                found[path] = path.stat().st_mtime
+    names = [str(path) for path in sorted(found, key=found.__getitem__, reverse=True)]
+    return f", as it was saved beside it: {', '.join(names[:3])}" if names else ""
+
+
 def load_weights(model: Any, checkpoint: str, state_dict: dict[str, torch.Tensor]) -> None:
     """Load a checkpoint that has to cover every parameter and buffer of a model.
 
@@ -70,7 +83,7 @@ def load_weights(model: Any, checkpoint: str, state_dict: dict[str, torch.Tensor
         raise UsageError(
             f"the checkpoint {checkpoint} does not fit the config's model, {len(problems)} of "
             f"{len(model.state_dict())} tensors: {', '.join(problems[:3])}{more}; use the config that it was "
-            "trained with."
+            f"trained with{_saved_beside(checkpoint)}."
         )
 
 

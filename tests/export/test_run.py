@@ -78,7 +78,7 @@ def test_a_segmentation_writes_label_maps(tmp_path, images):
     runtime = Runtime(write_model(tmp_path / "model", "segmentation logits"))
     predict_images(runtime, images, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    labels = cv2.imread(str(tmp_path / "out" / "labels" / "b.png.png"), cv2.IMREAD_UNCHANGED)
+    labels = cv2.imread(str(tmp_path / "out" / "labels" / "b.png"), cv2.IMREAD_UNCHANGED)
     assert labels.dtype == np.uint8
     assert np.array_equal(labels, runtime.predict(images / "b.png")["labels"])
     record = written["images"]["b.png"]
@@ -93,7 +93,7 @@ def test_a_classifier_on_one_image(tmp_path, images):
     written = json.loads(predict_images(runtime, images / "b.png", tmp_path / "out").read_text())
     assert list(written["images"]) == ["b.png"]
     assert len(written["images"]["b.png"]["predictions"]) == 5
-    assert (tmp_path / "out" / "pictures" / "b.png.png").is_file()
+    assert (tmp_path / "out" / "pictures" / "b.png").is_file()
 
 
 def test_a_backbone_predicts_nothing(tmp_path, images):

@@ -124,6 +124,8 @@ def test_notebooks_show_what_they_ran(site, name):
     page = (site / "tutorials" / f"{name}.html").read_text()
     assert page.count("<img") >= 2
     assert "Traceback" not in page
+    # Each picture is a link to its file.
+    assert page.count("image-reference") == page.count("<img")
 
 
 def test_a_broken_link_and_a_failing_cell_are_errors(tmp_path):

@@ -42,6 +42,15 @@ def test_another_backbone_has_another_work_dir():
     assert config.work_dir == "work_dirs/retinanet_r50_fpn_1x_coco_lf-small"
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_new_optimizer_is_news_for_trainings_alone(training, monkeypatch):
+    said = []
+    monkeypatch.setattr("lf_dense.swap.backbone.print_log", lambda text, **_: said.append(text))
+    config = cli.read_config(parse(RETINANET, "--backbone", "tiny"), training=training)
+    assert config.optim_wrapper.optimizer.type == "AdamW"
+    assert any("SGD" in text for text in said) == training
+
+
 def test_pretrained_weights_need_a_backbone_of_ours(tmp_path):
     torch.save(LaplacianFormer("tiny").state_dict(), tmp_path / "x.pth")
     with pytest.raises(UsageError, match="add --backbone"):

@@ -8,7 +8,7 @@ import pytest
 
 from lf_dense.errors import UsageError
 from lf_dense.training import curves
-from lf_dense.training.curves import compare_losses, plot_curves, read_curves, read_scalars
+from lf_dense.training.curves import compare_losses, logged_metric, plot_curves, read_curves, read_scalars
 
 pytest.importorskip("matplotlib")
 import matplotlib.image
@@ -44,6 +44,18 @@ def test_folders_without_logs(tmp_path):
     write_log(tmp_path, "run", {"mAP": 0.5})
     with pytest.raises(UsageError, match="of a training run, not of a test"):
         read_curves(tmp_path, "mAP")
+
+
+def test_the_metric_of_a_log_is_found(tmp_path):
+    write_log(tmp_path / "seg", "run", *losses((1, 2.0)), {"aAcc": 50.0, "mIoU": 9.0, "time": 0.1, "step": 4})
+    assert logged_metric(tmp_path / "seg") == "mIoU"
+    assert logged_metric(tmp_path / "seg", "aAcc") == "aAcc"
+    with pytest.raises(UsageError, match="has no coco/bbox_mAP: it has aAcc, mIoU; name one"):
+        logged_metric(tmp_path / "seg", "coco/bbox_mAP")
+    write_log(tmp_path / "short", "run", *losses((1, 2.0)), {"step": 1, "time": 0.1})
+    assert logged_metric(tmp_path / "short") == ""
+    with pytest.raises(UsageError, match="has no mIoU: it has no validation yet, or leave --metric out"):
+        logged_metric(tmp_path / "short", "mIoU")
 
 
 def has_colour(path, colour):

@@ -335,8 +335,8 @@ def test_segmentation_by_the_same_tools(shapes, tmp_path):
     assert len(result["images"]) == 4
     for name, record in result["images"].items():
         assert sum(record["classes"].values()) == pytest.approx(1)
-        assert (out / "labels" / f"{name}.png").is_file()
-        assert (out / "pictures" / f"{name}.png").is_file()
+        assert (out / "labels" / name).is_file()
+        assert (out / "pictures" / name).is_file()
     clip = clip_of(shapes / "val", tmp_path / "clip.mp4")
     call("predict.py", config, checkpoint, clip, "--out", tmp_path / "video", "--device", "cpu")
     for record in frames_of(tmp_path / "video"):
@@ -364,7 +364,7 @@ def test_classification_by_the_same_tools(shapes, tmp_path):
     call("predict.py", config, checkpoint, image, "--out", out, "--device", "cpu")
     (record,) = json.loads((out / "predictions.json").read_text())["images"].values()
     assert sum(found["score"] for found in record["predictions"]) == pytest.approx(1, abs=1e-5)
-    assert (out / "pictures" / f"{image.name}.png").is_file()
+    assert (out / "pictures" / image.name).is_file()
     clip = clip_of(shapes / "val", tmp_path / "clip.mp4")
     call("predict.py", config, checkpoint, clip, "--out", tmp_path / "video", "--device", "cpu")
     assert all(len(frame["predictions"]) == 2 for frame in frames_of(tmp_path / "video"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData, PixelData
 
 from lf_dense.errors import UsageError
+from lf_dense.files import picture_names
 from lf_dense.frameworks import load_config
 from lf_dense.training.prediction import Predictor, dataset_meta, find_images, predict_images
 from support import ROOT
@@ -90,6 +92,19 @@ def predictor(tmp_path_factory):
     return Predictor(config, str(path), "cpu")
 
 
+def test_a_png_keeps_its_name_and_no_two_pictures_share_one():
+    names = ("a.jpg", "a.png", "deep/b.PNG", "c.jpg", "c.jpg.png", "c.jpg.png.png")
+    found = {str(image): str(picture) for image, picture in picture_names(map(Path, names)).items()}
+    assert found == {
+        "a.jpg": "a.jpg.png",
+        "a.png": "a.png",
+        "deep/b.PNG": "deep/b.PNG",
+        "c.jpg": "c.jpg.png",
+        "c.jpg.png": "c.jpg.png.png",
+        "c.jpg.png.png": "c.jpg.png.png.png",
+    }
+
+
 def save_image(path, height=70, width=50):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)).save(path)
@@ -102,7 +117,8 @@ def test_pictures_and_records_have_the_images_names(predictor, tmp_path):
     images = json.loads(result.read_text())["images"]
     assert set(images) == {"a.jpg", "a.png", "deep/b.png"}
     assert all((record["height"], record["width"]) == (70, 50) for record in images.values())
-    assert all((tmp_path / "in" / "out" / "pictures" / f"{name}.png").is_file() for name in images)
+    drawn = [path for path in (tmp_path / "in" / "out" / "pictures").rglob("*") if path.is_file()]
+    assert {path.name for path in drawn} == {"a.jpg.png", "a.png", "b.png"}
     # The pictures lie below the source, and are no input of a second call.
     again = json.loads(predict_images(predictor, tmp_path / "in", tmp_path / "in" / "out").read_text())
     assert set(again["images"]) == set(images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ cv2 = pytest.importorskip("cv2")
 pytest.importorskip("mmengine")
 coco_mask = pytest.importorskip("pycocotools.mask")
 
+from lf_dense import errors
+from lf_dense.errors import UsageError
 from lf_dense.training.toy_shapes import CLASSES, draw_scene, make_shapes
+from support.driving import load_tool
 
 
 def digest(folder):
@@ -40,9 +44,56 @@ def test_images_do_not_depend_on_how_many_there_are(made, tmp_path):
 def test_an_interrupted_set_is_made_again(made, tmp_path):
     out = make_shapes(tmp_path, train=2, val=1, size=96, seed=5)
     before = digest(out)
-    (out / "made_by.json").unlink()
     (out / "train/000001.png").unlink()
+    mark = json.loads((out / "made_by.json").read_text())
+    (out / "made_by.json").write_text(json.dumps({**mark, "finished": False}))
     assert digest(make_shapes(out, train=2, val=1, size=96, seed=5)) == before
+
+
+def test_a_set_that_is_there_is_left_as_it_is(tmp_path):
+    out = make_shapes(tmp_path / "set", train=2, val=1, size=96)
+    (out / "train/000001.png").unlink()
+    assert not (make_shapes(out, train=2, val=1, size=96) / "train/000001.png").exists()
+
+
+def test_another_set_is_replaced_when_asked_for_alone(made, tmp_path):
+    out = make_shapes(tmp_path / "set", train=3, val=2, size=96, seed=6)
+    before = digest(out)
+    with pytest.raises(UsageError, match=r"made by other arguments .*add --overwrite to replace it"):
+        make_shapes(out, train=2, val=1, size=96, seed=5)
+    assert digest(out) == before
+    fewer = digest(make_shapes(out, train=2, val=1, size=96, seed=5, overwrite=True))
+    assert fewer == digest(make_shapes(tmp_path / "new", train=2, val=1, size=96, seed=5))
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        (None, "python tools/train.py configs/retinanet_lf_demo.py"),
+        ("lf-dense shapes", "lf-dense train lf_dense::retinanet_lf_demo.py"),
+    ],
+)
+def test_the_tool_says_what_it_wrote_and_what_comes_next(program, command, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "set"
+    arguments = ["--out", str(out), "--train", "2", "--val", "1", "--size", "64"]
+    monkeypatch.setattr(sys, "argv", ["make_shapes.py", *arguments])
+    monkeypatch.setattr(errors, "program", program)
+    load_tool("make_shapes").main()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{out} has 2 training and 1 held-out images of 64 pixels a side:"
+    assert all((out / name).exists() for name in ("train", "val", "annotations", "semantic"))
+    assert said[-1].strip() == f"{command} --cfg-options data_root={out}"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_files_of_others_are_left_alone(overwrite, tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "000001.png").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"holds other files and no set of shapes \(made_by.json\)"):
+        make_shapes(tmp_path, train=2, val=1, size=96, overwrite=overwrite)
+    assert (tmp_path / "train" / "000001.png").read_bytes() == b"mine"
+    with pytest.raises(UsageError, match="is a file: name a folder"):
+        make_shapes(tmp_path / "train" / "000001.png", train=2, val=1, size=96)
 
 
 def test_boxes_masks_and_label_maps_agree(made):

@@ -72,6 +72,17 @@ def test_weights_have_to_fit():
         load_weights(model, "x.pth", {"weight": torch.zeros(3, 3), "bias": model.bias})
 
 
+def test_weights_that_do_not_fit_name_the_config_beside_them(tmp_path):
+    checkpoint = tmp_path / "epoch_1.pth"
+    torch.save({}, checkpoint)
+    (tmp_path / "other.py").write_text("import sys\n")
+    with pytest.raises(UsageError, match=r"use the config that it was trained with\.$"):
+        load_weights(nn.Linear(2, 3), str(checkpoint), {})
+    (tmp_path / "mask_shapes.py").write_text("default_scope = 'mmdet'\nmodel = dict(type='MaskRCNN')\n")
+    with pytest.raises(UsageError, match=r"trained with, as it was saved beside it: \S+/mask_shapes\.py\.$"):
+        load_weights(nn.Linear(2, 3), str(checkpoint), {})
+
+
 def test_a_models_own_conversion_of_old_weights_runs_first():
     model = nn.Linear(2, 3)
     model.register_load_state_dict_pre_hook(
