@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import LaplacianAttention, map_to_tokens, rotary_table, tokens_to_map
-from .backends import is_exporting, native
+from .backends import export_form, native
 from .fusing import asks_gradient, can_fuse, is_plain
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout, nn.LayerNorm)
@@ -73,7 +73,7 @@ class ConvFFN(nn.Module):
 
         Without a gradient a large map goes through in strips: the hidden one is never there as a whole.
         """
-        if is_exporting():
+        if export_form():
             return self.in_groups(x, hw_shape)
         if torch.compiler.is_compiling() or asks_gradient(x, self) or not is_plain(self, ConvFFN, *LAYERS):
             return self.whole(x, hw_shape)
@@ -142,8 +142,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor]) -> Tensor:
         drops = self.training and self.drop_path.rate > 0
-        if not drops and can_fuse(x, self, Block, LaplacianAttention, ConvFFN, DropPath, *LAYERS):
+        kinds = (Block, LaplacianAttention, ConvFFN, DropPath, *LAYERS)
+        if not drops and can_fuse(x, self, *kinds):
             return self.fused(x, hw_shape, table)
+        if not drops and self.can_be_nodes(x, *kinds):
+            return self.as_nodes(x, hw_shape, table)
         x = x + self.drop_path(self.attn(self.norm1(x), hw_shape, table))
         if self.ffn_with_cp and self.training and torch.is_grad_enabled():
             return x + self.drop_path(checkpoint(self.ffn, self.norm2(x), hw_shape, use_reentrant=False))
@@ -159,6 +162,27 @@ class Block(nn.Module):
         attended = attn.attend(attn.scaled(q), attn.scaled(k), v, hw_shape).flatten(2)
         x = native.merge_heads(x, attended, heads[2], hw_shape, attn.dwconv, attn.proj)
         return native.conv_ffn(x, hw_shape, self.norm2, ffn.fc1, ffn.dwconv, ffn.fc2)
+
+    def can_be_nodes(self, x: Tensor, *kinds: type[nn.Module]) -> bool:
+        """Whether the block is exported as nodes of its own, which are there in float32 alone."""
+        return (
+            export_form() == "layers"
+            and is_plain(self, *kinds)
+            and self.attn.normalization == "mass"
+            and x.dtype == torch.float32
+        )
+
+    def as_nodes(self, x: Tensor, hw_shape: tuple[int, int], table: tuple[Tensor, Tensor]) -> Tensor:
+        """The same for an exported graph. The nodes take heads and maps as such, without transposes."""
+        from .backends import layers  # slow to import, and of no use elsewhere
+
+        attn: Any = self.attn
+        ffn = self.ffn
+        turned = table if attn.rotary else None
+        q, k, v = layers.project_heads(x, self.norm1, attn.q, attn.k, attn.v, turned, attn.head_dims)
+        attended = attn.attend(attn.scaled(q), attn.scaled(k), v, hw_shape)
+        x = layers.merge_heads(x.unflatten(1, hw_shape), attended, v, attn.dwconv, attn.proj)
+        return layers.conv_ffn(x, self.norm2, ffn.fc1, ffn.dwconv, ffn.fc2).flatten(1, 2)
 
 
 class Stage(nn.Module):
