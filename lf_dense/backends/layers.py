@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention import map_to_tokens, rotate, tokens_to_map
 from .native import _weights
 from .node import laplacian_attention, laplacian_kernel, newton_schulz_inverse
 
@@ -26,10 +25,15 @@ __all__ = [
 ]
 
 
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads ``(B, N, heads, d)`` by ``lf_dense.attention.rotary_table``, or as they are by an empty one."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin) if cos.shape[0] else x
+
+
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A depthwise 3 x 3 convolution of maps ``(B, H, W, C)``, as tokens ``(B, H * W, C)``."""
-    tokens = tokens_to_map(x.flatten(1, 2), (x.shape[1], x.shape[2]))
-    return map_to_tokens(F.conv2d(tokens, weight, bias, padding=1, groups=weight.shape[0]))
+    """A depthwise 3 x 3 convolution of maps ``(B, H, W, C)``."""
+    maps = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=weight.shape[0])
+    return maps.permute(0, 2, 3, 1)
 
 
 @torch.library.custom_op("lf_dense_export::project_heads", mutates_args=())
@@ -50,7 +54,7 @@ def _project_heads(
     x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
     layers = ((q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias))
     q, k, v = (F.linear(x, *layer).unflatten(2, (-1, cos.shape[2])) for layer in layers)
-    return (rotate(q, (cos, sin)), rotate(k, (cos, sin)), v) if cos.shape[0] else (q, k, v)
+    return _turned(q, cos, sin), _turned(k, cos, sin), v
 
 
 @_project_heads.register_fake
@@ -71,8 +75,8 @@ def _merge_heads(
     proj_weight: Tensor,
     proj_bias: Tensor,
 ) -> Tensor:
-    heads = attended.flatten(2) + _convolved(values.reshape(x.shape), conv_weight, conv_bias)
-    return x + F.linear(heads, proj_weight, proj_bias).view(x.shape)
+    local = _convolved(values.reshape(x.shape), conv_weight, conv_bias)
+    return x + F.linear(local + attended.reshape(x.shape), proj_weight, proj_bias)
 
 
 @torch.library.custom_op("lf_dense_export::conv_ffn", mutates_args=())
@@ -89,8 +93,7 @@ def _conv_ffn(
     fc2_bias: Tensor,
 ) -> Tensor:
     hidden = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
-    hidden = F.gelu(_convolved(hidden, conv_weight, conv_bias))
-    return x + F.linear(hidden, fc2_weight, fc2_bias).view(x.shape)
+    return x + F.linear(F.gelu(_convolved(hidden, conv_weight, conv_bias)), fc2_weight, fc2_bias)
 
 
 @_merge_heads.register_fake

@@ -2,6 +2,7 @@
 // and openvino.cpp make operators. docs/operators.md says what each computes.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <map>
