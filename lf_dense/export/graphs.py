@@ -76,9 +76,12 @@ def torch_graph(
         return torch.export.export(module, (image,), dynamic_shapes=shapes, strict=False)
 
 
-def _translations(form: str) -> dict[Any, Callable[..., Any]]:
+def _translations() -> dict[Any, Callable[..., Any]]:
     """How the operators of ``lf_dense_export`` become nodes."""
     from onnxscript import opset18 as op
+
+    from ..backends import layers  # noqa: F401  (its operators are in the table)
+    from . import detecting  # noqa: F401  (so is its own)
 
     def suppress(boxes: Any, scores: Any, iou_threshold: float, score_thr: float) -> Any:
         every = op.Constant(value_ints=[torch.iinfo(torch.int64).max])
@@ -91,10 +94,8 @@ def _translations(form: str) -> dict[Any, Callable[..., Any]]:
         )
         return op.Squeeze(op.Slice(chosen, [2], [3], [1]), op.Constant(value_ints=[1]))
 
-    table: dict[Any, Callable[..., Any]] = {torch.ops.lf_dense_export.nms.default: suppress}
-    from ..backends import layers  # noqa: F401  (its operators are in the table)
-
     operators = torch.ops.lf_dense_export
+    table: dict[Any, Callable[..., Any]] = {operators.nms.default: suppress}
     for name, operator in (
         ("ProjectHeads", operators.project_heads.default),
         ("MergeHeads", operators.merge_heads.default),
@@ -165,7 +166,6 @@ def onnx_graph(
         raise UsageError(
             f"exporting to ONNX and OpenVINO needs {error.name}: pip install 'lf_dense[export]'."
         ) from None
-    from . import detecting  # noqa: F401  (its operator is in the table)
 
     image = example_image(channels, size, batch)
     ours = "node" if int8 else "layers"
@@ -178,7 +178,7 @@ def onnx_graph(
             opset_version=OPSET,
             input_names=["image"],
             output_names=list(outputs),
-            custom_translation_table=_translations(form),
+            custom_translation_table=_translations(),
             verbose=False,
         )
     assert exported is not None
