@@ -1,8 +1,8 @@
 """Builds the native operators; the metadata is in pyproject.toml.
 
 The operators use torch's stable ABI and are plain shared libraries that ``lf_dense.backends.native`` loads; a
-pybind11 module beside them reports the build. The attention is built for onnxruntime and for OpenVINO too,
-where their headers are, whether torch is there or not. Everything compiles through one ninja file. What
+pybind11 module beside them reports the build. A block's operators are built for onnxruntime and for OpenVINO
+too, where their headers are, whether torch is there or not. Everything compiles through one ninja file. What
 switches it is listed in docs/operators.md.
 """
 
@@ -28,15 +28,15 @@ OPS = ROOT / "ops"
 MIN_TORCH = (2, 11)
 ABI_TARGET = "0x020b000000000000"
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
-TORCH_SOURCES = (
-    "schemas.cpp",
-    "cpu/conv_ffn.cpp",
-    "cpu/projections.cpp",
-    "cpu/laplacian_kernel.cpp",
-    "cpu/operators.cpp",
-)
+TORCH_SOURCES = ("schemas.cpp", "cpu/laplacian_kernel.cpp", "cpu/operators.cpp")
 # These know nothing of torch.
-SHARED_SOURCES = ("cpu/newton_schulz_inverse.cpp", "cpu/laplacian_attention.cpp", "cpu/instruction_set.cpp")
+SHARED_SOURCES = (
+    "cpu/newton_schulz_inverse.cpp",
+    "cpu/laplacian_attention.cpp",
+    "cpu/projections.cpp",
+    "cpu/conv_ffn.cpp",
+    "cpu/instruction_set.cpp",
+)
 MIN_ONNXRUNTIME_API = 17  # of onnxruntime 1.17
 RPATH_TO_OPENVINO = "-Wl,-rpath,'$$ORIGIN/../../openvino/libs'"  # ninja makes one $ of two
 AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
@@ -208,7 +208,7 @@ class Ninja:
 class BuildOperators(build_ext):
     """``_operators_cpu.so``, ``_operators_cuda.so`` where CUDA is built, and the module that reports both.
 
-    ``_operators_onnxruntime.so`` and ``_operators_openvino.so`` have the attention alone.
+    ``_operators_onnxruntime.so`` and ``_operators_openvino.so`` have the nodes of ``ops/runtimes``.
     """
 
     def run(self) -> None:
@@ -281,7 +281,7 @@ class BuildOperators(build_ext):
     @staticmethod
     def without_runtime(runtime: str, why: CannotBuild | str) -> None:
         # Most have no use for it: this is no warning.
-        print(f"lf_dense's operator for {runtime} is not built, since {why}.", flush=True)
+        print(f"lf_dense's operators for {runtime} are not built, since {why}.", flush=True)
 
     @staticmethod
     def without_torch(why: CannotBuild) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .backends import native
+from .fusing import can_pool
 from .presets import EPS, KERNEL_SCALE, LANDMARK_GRID, NEWTON_ITERS, NORMALIZATION, TAU
 
 # The slowest rotation has 100 times the period of the fastest, which turns twice across the map.
@@ -180,6 +182,9 @@ class LaplacianAttention(nn.Module):
         """Average queries ``(B, N, heads, head_dims)`` over the grid: ``(B, heads, m, head_dims)``."""
         (height, width), (batch, _, heads, head_dims) = hw_shape, q.shape
         rows, columns = (min(cells, size) for cells, size in zip(self.landmark_grid, hw_shape))
+        if can_pool(q):
+            pooled = native.pool_tokens(q.flatten(2).unflatten(1, hw_shape), (rows, columns))
+            return pooled.unflatten(2, (heads, head_dims)).transpose(1, 2)
         # Two products in place of adaptive_avg_pool2d, whose gradient on a GPU differs from run to run.
         over_rows = pooling_matrix(height, rows, q).expand(batch, rows, height)
         over_columns = pooling_matrix(width, columns, q).expand(batch * rows, columns, width)
@@ -235,23 +240,13 @@ class LaplacianAttention(nn.Module):
         # their own.
         return self.proj_drop(self.proj((local + attended).flatten(2)))
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        hw_shape: tuple[int, int],
-        landmarks: Tensor | None = None,
-    ) -> Tensor:
-        """The attention itself: tensors ``(B, N, heads, head_dims)`` in, one out.
-
-        ``landmarks`` are ``pool_landmarks`` of ``q``, where they are at hand.
-        """
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """The attention itself: tensors ``(B, N, heads, head_dims)`` in, one out."""
         return functional.laplacian_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            self.pool_landmarks(q, hw_shape) if landmarks is None else landmarks,
+            self.pool_landmarks(q, hw_shape),
             scale=self.kernel_scale,
             iters=self.newton_iters,
             tau=self.tau,

@@ -3,8 +3,10 @@ network, residual block, stage, initialisation."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import LaplacianAttention, RotaryTable, map_to_tokens, tokens_to_map
-from .backends import is_exporting, native
-from .fusing import asks_gradient, can_fuse, is_plain
+from .backends import export_form, native
+from .fusing import asks_gradient, can_be_nodes, can_fuse, is_plain
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout, nn.LayerNorm)
 
@@ -73,7 +75,7 @@ class ConvFFN(nn.Module):
 
         Without a gradient a large map goes through in strips: the hidden one is never there as a whole.
         """
-        if is_exporting():
+        if export_form():
             return self.in_groups(x, hw_shape)
         if torch.compiler.is_compiling() or asks_gradient(x, self) or not is_plain(self, ConvFFN, *LAYERS):
             return self.whole(x, hw_shape)
@@ -142,27 +144,37 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], table: RotaryTable) -> Tensor:
         drops = self.training and self.drop_path.rate > 0
-        if not drops and can_fuse(x, self, Block, LaplacianAttention, ConvFFN, DropPath, *LAYERS):
-            return self.fused(x, hw_shape, table)
+        operators = None if drops else self.operators(x)
+        if operators is not None:
+            return self.fused(x, hw_shape, table, operators)
         x = x + self.drop_path(self.attn(self.norm1(x), hw_shape, table))
         if self.ffn_with_cp and self.training and torch.is_grad_enabled():
             return x + self.drop_path(checkpoint(self.ffn, self.norm2(x), hw_shape, use_reentrant=False))
         return x + self.drop_path(self.ffn(self.norm2(x), hw_shape))
 
-    def fused(self, x: Tensor, hw_shape: tuple[int, int], table: RotaryTable) -> Tensor:
+    def operators(self, x: Tensor) -> ModuleType | None:
+        """Whose operators of whole layers serve the block: native ones, or the nodes of an exported graph."""
+        kinds = (Block, LaplacianAttention, ConvFFN, DropPath, *LAYERS)
+        if can_fuse(x, self, *kinds):
+            return native
+        if can_be_nodes(x, self, *kinds) and self.attn.normalization == "mass":
+            return importlib.import_module("lf_dense.backends.layers")  # slow, and of no use elsewhere
+        return None
+
+    def fused(
+        self, x: Tensor, hw_shape: tuple[int, int], table: RotaryTable, operators: ModuleType
+    ) -> Tensor:
         """The same by one operator before the attention, one after it, and one for the network."""
         attn: Any = self.attn
         ffn = self.ffn
-        maps = x.contiguous().unflatten(1, hw_shape)
-        heads = native.project_heads(
-            maps, self.norm1, attn.q, attn.k, attn.v, table.axes if attn.rotary else None
-        )
-        landmarks = attn.scaled(attn.split(native.pool_tokens(heads[0], attn.landmark_grid))).transpose(1, 2)
+        turns = table.axes if attn.rotary else None
+        x = x.contiguous().unflatten(1, hw_shape)
+        heads = operators.project_heads(x, self.norm1, attn.q, attn.k, attn.v, turns)
         q, k, v = (attn.split(part.flatten(1, 2)) for part in heads)
-        attended = attn.attend(attn.scaled(q), attn.scaled(k), v, hw_shape, landmarks)
+        attended = attn.attend(attn.scaled(q), attn.scaled(k), v, hw_shape)
         attended = attended.flatten(2).contiguous().unflatten(1, hw_shape)
-        maps = native.merge_heads(maps, attended, heads[2], attn.dwconv, attn.proj)
-        return native.conv_ffn(maps, self.norm2, ffn.fc1, ffn.dwconv, ffn.fc2).flatten(1, 2)
+        x = operators.merge_heads(x, attended, heads[2], attn.dwconv, attn.proj)
+        return operators.conv_ffn(x, self.norm2, ffn.fc1, ffn.dwconv, ffn.fc2).flatten(1, 2)
 
 
 class Stage(nn.Module):

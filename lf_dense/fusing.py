@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .backends import choose_backend, native
+from .backends import choose_backend, export_form, native
 
 
 def asks_gradient(x: Tensor, module: nn.Module) -> bool:
@@ -40,6 +40,21 @@ def can_fuse(x: Tensor, module: nn.Module, *kinds: type[nn.Module]) -> bool:
     return (
         not asks_gradient(x, module)
         and is_plain(module, *kinds)
+        and choose_backend(None, x.device) == "native"
+        and native.layers_dtype(x) is not None
+    )
+
+
+def can_be_nodes(x: Tensor, module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a plain module of these kinds is exported as nodes of its own, which are float32's."""
+    return export_form() == "layers" and is_plain(module, *kinds) and x.dtype == torch.float32
+
+
+def can_pool(x: Tensor) -> bool:
+    """Whether the native operator averages these tokens, without a gradient."""
+    return (
+        not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and choose_backend(None, x.device) == "native"
         and native.layers_dtype(x) is not None
     )

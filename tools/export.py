@@ -27,8 +27,8 @@ def main() -> None:
         choices=FORMS,
         default="standard",
         help=(
-            "standard: operators that every runtime has; operator: our own, faster, for runtimes that load "
-            "its library (default: %(default)s)"
+            "standard: operators that every runtime has; operator: our own, also for the layers around it, "
+            "for runtimes that load their library (default: %(default)s)"
         ),
     )
     parser.add_argument(

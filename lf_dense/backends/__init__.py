@@ -19,8 +19,9 @@ import torch
 from . import native
 
 BACKENDS = ("auto", "reference", "native")
-# These are there while a model is exported: operators of every runtime, and a node of our own.
-EXPORT_FORMS = ("standard", "node")
+# These are there while a model is exported, each a module beside this one: operators of every runtime, the
+# attention as a node of our own, and a whole block as such nodes.
+EXPORT_FORMS = ("standard", "node", "layers")
 ENVIRONMENT_VARIABLE = "LF_DENSE_BACKEND"
 
 _logger = logging.getLogger("lf_dense")
@@ -77,9 +78,10 @@ def exporting(form: str) -> Iterator[None]:
         _in_block.reset(token)
 
 
-def is_exporting() -> bool:
-    """Whether the call is traced for another runtime, in one of ``EXPORT_FORMS``."""
-    return _in_block.get() in EXPORT_FORMS
+def export_form() -> str | None:
+    """Which of ``EXPORT_FORMS`` the call is traced in for another runtime; None where it is not."""
+    form = _in_block.get()
+    return form if form in EXPORT_FORMS else None
 
 
 @functools.cache

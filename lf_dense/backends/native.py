@@ -199,17 +199,13 @@ def project_heads(
         rows, columns = (x.new_empty(2, 0, size, dtype=wide) for size in x.shape[1:3])
     else:
         rows, columns = (axis.to(wide) for axis in turns)
-    projections = (tensor for layer in (q, k, v) for tensor in _weights(layer, wide, dtype))
-    return torch.ops.lf_dense.project_heads(x, *_weights(norm, wide), norm.eps, *projections, rows, columns)
+    projections = (tensor for layer in (q, k, v) for tensor in weights(layer, wide, dtype))
+    return torch.ops.lf_dense.project_heads(x, *weights(norm, wide), norm.eps, *projections, rows, columns)
 
 
 def pool_tokens(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A map ``(B, H, W, C)`` averaged over a grid as adaptive pooling does, ``(B, m, C)``; no gradient.
-
-    A map that is smaller than the grid has a cell for each of its tokens.
-    """
-    rows, columns = (min(cells, size) for cells, size in zip(grid, x.shape[1:3]))
-    return torch.ops.lf_dense.pool_tokens(x, rows, columns)
+    """A map ``(B, H, W, C)`` averaged over a grid as adaptive pooling does, ``(B, m, C)``; no gradient."""
+    return torch.ops.lf_dense.pool_tokens(x.contiguous(), *grid)
 
 
 def merge_heads(x: Tensor, attended: Tensor, values: Tensor, conv: nn.Conv2d, proj: nn.Linear) -> Tensor:
@@ -218,7 +214,7 @@ def merge_heads(x: Tensor, attended: Tensor, values: Tensor, conv: nn.Conv2d, pr
     ``attended`` and ``values`` have the dtype ``layers_dtype(x)``.
     """
     wide, dtype = compute_dtype(x.dtype), layers_dtype(x)
-    layers = (*_weights(conv, wide), *_weights(proj, wide, dtype))
+    layers = (*weights(conv, wide), *weights(proj, wide, dtype))
     return torch.ops.lf_dense.merge_heads(x, attended, values, *layers)
 
 
@@ -228,11 +224,11 @@ def conv_ffn(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, conv: nn.Conv2d, fc2
     The hidden map is never there as a whole: each thread holds the activations of a few rows.
     """
     wide, dtype = compute_dtype(x.dtype), layers_dtype(x)
-    layers = (*_weights(fc1, wide, dtype), *_weights(conv, wide), *_weights(fc2, wide, dtype))
-    return torch.ops.lf_dense.conv_ffn(x, *_weights(norm, wide), norm.eps, *layers)
+    layers = (*weights(fc1, wide, dtype), *weights(conv, wide), *weights(fc2, wide, dtype))
+    return torch.ops.lf_dense.conv_ffn(x, *weights(norm, wide), norm.eps, *layers)
 
 
-def _weights(
+def weights(
     layer: nn.Linear | nn.Conv2d | nn.LayerNorm, wide: torch.dtype, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """A layer's weight in ``dtype``, or else in ``wide``, and its bias in ``wide``.

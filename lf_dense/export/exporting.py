@@ -240,8 +240,8 @@ def export_model(
         checkpoint: path or address, which has to cover the whole model; None exports random weights.
         out: the file to write; its suffix is the format's, one of ``FORMATS``.
         format: a key of ``FORMATS``.
-        form: ``"standard"``: the attention in operators that every runtime has. ``"operator"``: our operator,
-            for runtimes that load its library.
+        form: ``"standard"``: operators that every runtime has. ``"operator"``: ours for the attention and,
+            without ``int8``, for the layers around it; for runtimes that load their library.
         part: ``"model"``, or ``"backbone"`` alone.
         output: one of ``parts.OUTPUTS`` of the task; None takes the first.
         size: the (height, width) of a model that takes no other; None makes height, width and batch dynamic.
@@ -280,7 +280,7 @@ def export_model(
         target = Path(folder, out.name)
         traced = traceable(chosen.module)
         if format in RUNTIME_FORMATS:
-            graph = onnx_graph(traced, form, channels, size, chosen.outputs, batch)
+            graph = onnx_graph(traced, form, channels, size, chosen.outputs, batch, bool(int8))
             _write_graph(graph, format, form, target)
         else:
             program = torch_graph(traced, form, channels, size, batch)

@@ -1,4 +1,4 @@
-"""A module as a graph: torch.export's, and ONNX's with the attention in one of its two forms."""
+"""A module as a graph: torch.export's, and ONNX's with or without nodes of our own."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _TRACED_SIZE = (256, 288)
 _TRACED_BATCH = 2
 # An operator of ours stands in a graph as a node; "standard" has nodes of ONNX alone.
 FORMS = ("standard", "operator")
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
 
 @contextlib.contextmanager
@@ -75,11 +76,12 @@ def torch_graph(
         return torch.export.export(module, (image,), dynamic_shapes=shapes, strict=False)
 
 
-def _translations(form: str) -> dict[Any, Callable[..., Any]]:
+def _translations() -> dict[Any, Callable[..., Any]]:
     """How the operators of ``lf_dense_export`` become nodes."""
-    import onnx
     from onnxscript import opset18 as op
-    from onnxscript.values import Op, Opset
+
+    from ..backends import layers  # noqa: F401  (its operators are in the table)
+    from . import detecting  # noqa: F401  (so is its own)
 
     def suppress(boxes: Any, scores: Any, iou_threshold: float, score_thr: float) -> Any:
         every = op.Constant(value_ints=[torch.iinfo(torch.int64).max])
@@ -92,35 +94,47 @@ def _translations(form: str) -> dict[Any, Callable[..., Any]]:
         )
         return op.Squeeze(op.Slice(chosen, [2], [3], [1]), op.Constant(value_ints=[1]))
 
-    table: dict[Any, Callable[..., Any]] = {torch.ops.lf_dense_export.nms.default: suppress}
-    if form == "standard":
-        return table
-    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-    attributes = {"scale": "FLOAT", "iters": "INT", "eps": "FLOAT", "tau": "FLOAT"}
-    schema = onnx.defs.OpSchema(
-        "LaplacianAttention",
-        DOMAIN,
-        1,
-        inputs=[onnx.defs.OpSchema.FormalParameter(name, "T") for name in ("q", "k", "v", "landmarks")],
-        outputs=[onnx.defs.OpSchema.FormalParameter("out", "T")],
-        type_constraints=[("T", floats, "tokens (B, N, heads, d), landmarks (B, heads, m, d)")],
-        attributes=[
-            onnx.defs.OpSchema.Attribute(name, getattr(onnx.defs.OpSchema.AttrType, kind), required=True)
-            for name, kind in attributes.items()
-        ],
-    )
-    node = Op(Opset(DOMAIN, 1), "LaplacianAttention", schema)
+    operators = torch.ops.lf_dense_export
+    table: dict[Any, Callable[..., Any]] = {operators.nms.default: suppress}
+    for name, operator in (
+        ("ProjectHeads", operators.project_heads.default),
+        ("MergeHeads", operators.merge_heads.default),
+        ("ConvFFN", operators.conv_ffn.default),
+    ):
+        table[operator] = _node(name, operator, _FLOATS[:1])
+    node = _node("LaplacianAttention", operators.laplacian_attention.default, _FLOATS)
 
-    def attend(
-        q: Any, k: Any, v: Any, landmarks: Any, scale: float, iters: int, eps: float, tau: float
-    ) -> Any:
+    def attend(q: Any, k: Any, v: Any, landmarks: Any, *attributes: float) -> Any:
         # The node takes tokens as projections leave them, so that these transposes and the model's cancel.
         tokens = [op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v)]
-        out = node(*tokens, landmarks, scale=scale, iters=iters, eps=eps, tau=tau)
-        return op.Transpose(out, perm=[0, 2, 1, 3])
+        return op.Transpose(node(*tokens, landmarks, *attributes), perm=[0, 2, 1, 3])
 
-    table[torch.ops.lf_dense_export.laplacian_attention.default] = attend
+    table[operators.laplacian_attention.default] = attend
     return table
+
+
+def _node(name: str, operator: torch._ops.OpOverload, dtypes: list[str]) -> Callable[..., Any]:
+    """A node of ours with an operator's inputs and outputs; its numbers are the attributes."""
+    import onnx
+    from onnxscript.values import Op, Opset
+
+    arguments, returns = operator._schema.arguments, operator._schema.returns
+    kinds, define = {"float": "FLOAT", "int": "INT"}, onnx.defs.OpSchema
+    schema = define(
+        name,
+        DOMAIN,
+        1,
+        inputs=[define.FormalParameter(a.name, "T") for a in arguments if str(a.type) == "Tensor"],
+        outputs=[define.FormalParameter(f"out_{index}", "T") for index in range(len(returns))],
+        type_constraints=[("T", dtypes, "as docs/operators.md says")],
+        attributes=[
+            define.Attribute(a.name, getattr(define.AttrType, kinds[str(a.type)]), required=True)
+            for a in arguments
+            if str(a.type) in kinds
+        ],
+    )
+    node, names = Op(Opset(DOMAIN, 1), name, schema), [a.name for a in arguments]
+    return lambda *given: node(**dict(zip(names, given)))
 
 
 def onnx_graph(
@@ -130,13 +144,17 @@ def onnx_graph(
     size: tuple[int, int] | None,
     outputs: tuple[str, ...],
     batch: int | None = None,
+    int8: bool = False,
 ) -> Any:
     """An ``onnx.ModelProto`` of a module; the input's name is ``image``.
 
     Args:
         module, channels, size, batch: as in ``torch_graph``.
-        form: ``"standard"`` has operators of ONNX alone, ``"operator"`` a node of our own for each attention.
+        form: ``"standard"`` has operators of ONNX alone, ``"operator"`` four nodes of our own for each plain
+            block and one for each other attention.
         outputs: names of what the module returns.
+        int8: the graph will be quantised: linear layers and convolutions then stay nodes of ONNX, and ours
+            are the attentions alone.
 
     Raises:
         UsageError: onnx or onnxscript is not installed.
@@ -148,10 +166,10 @@ def onnx_graph(
         raise UsageError(
             f"exporting to ONNX and OpenVINO needs {error.name}: pip install 'lf_dense[export]'."
         ) from None
-    from . import detecting  # noqa: F401  (its operator is in the table)
 
     image = example_image(channels, size, batch)
-    with _quiet(), torch.no_grad(), exporting("standard" if form == "standard" else "node"):
+    ours = "node" if int8 else "layers"
+    with _quiet(), torch.no_grad(), exporting("standard" if form == "standard" else ours):
         shapes = _dynamic_shapes(size, batch)
         program = torch.export.export(module, (image,), dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
@@ -160,7 +178,7 @@ def onnx_graph(
             opset_version=OPSET,
             input_names=["image"],
             output_names=list(outputs),
-            custom_translation_table=_translations(form),
+            custom_translation_table=_translations(),
             verbose=False,
         )
     assert exported is not None

@@ -1,6 +1,6 @@
-"""The attention's operator in other runtimes: the compiled libraries, and how a runtime gets them.
+"""Our operators in other runtimes: the compiled libraries, and how a runtime gets them.
 
-Models exported with the node LaplacianAttention need it. Neither torch nor mmengine is imported.
+Models exported with nodes of ours need them. Neither torch nor mmengine is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NEEDED = {
 
 
 def operator_library(runtime: str) -> Path:
-    """The library with the attention's operator for ``"onnxruntime"`` or ``"openvino"``.
+    """The library with our operators for ``"onnxruntime"`` or ``"openvino"``.
 
     A program of its own loads it with the runtime's C or C++ interface; it needs no Python.
 
@@ -34,15 +34,15 @@ def operator_library(runtime: str) -> Path:
     library = _FOLDER / f"_operators_{runtime}.so"
     if not library.is_file():
         raise UsageError(
-            f"lf_dense's operator for {runtime} was not built, since the build found no C++ compiler or "
+            f"lf_dense's operators for {runtime} were not built, since the build found no C++ compiler or "
             f"lacked {_NEEDED[runtime]}: install lf_dense again with --no-build-isolation where both are "
-            "there (docs/operators.md), or export the model without the operator."
+            "there (docs/operators.md), or export the model without the operators."
         )
     return library
 
 
 def register_onnxruntime(session_options: Any) -> None:
-    """Let sessions with these ``onnxruntime.SessionOptions`` run the node LaplacianAttention.
+    """Let sessions with these ``onnxruntime.SessionOptions`` run the nodes of the domain lf_dense.
 
     Raises:
         UsageError: the library was not built, or this onnxruntime is too old for it.
@@ -56,7 +56,7 @@ def register_onnxruntime(session_options: Any) -> None:
 
 
 def register_openvino(core: Any) -> None:
-    """Let this ``openvino.Core`` read and run the node LaplacianAttention, in ONNX and IR files.
+    """Let this ``openvino.Core`` read and run the nodes of the domain lf_dense, in ONNX and IR files.
 
     Raises:
         UsageError: the library was not built, or was built for another version of OpenVINO.
@@ -69,8 +69,8 @@ def register_openvino(core: Any) -> None:
     version = re.match(r"[\d.]+", openvino.get_version())
     if built_for and version and built_for[1].decode() != version[0]:
         raise UsageError(
-            f"lf_dense's operator was built for OpenVINO {built_for[1].decode()}, and this is {version[0]}: "
-            "install lf_dense again with --no-build-isolation, which builds it for this one."
+            f"lf_dense's operators were built for OpenVINO {built_for[1].decode()}, and this is "
+            f"{version[0]}: install lf_dense again with --no-build-isolation, which builds them for this one."
         )
     try:
         core.add_extension(str(library))

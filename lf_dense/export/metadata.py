@@ -121,7 +121,7 @@ class Metadata:
 
     Attributes:
         task: one of ``TASKS``.
-        own_operators: the model calls the attention's operator, which a library has to bring.
+        own_operators: the model has nodes of ours, which a library has to bring.
         classes: their names.
         palette: their colours, R, G, B; None where there are none.
         preparation: from an image to the input.

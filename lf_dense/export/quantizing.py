@@ -112,7 +112,7 @@ def quantize(graph: Any, form: str, images: Sequence[Path], preparation: Prepara
         raise UsageError(f"int8 needs {error.name}: pip install 'lf_dense[export]'.") from None
 
     class Calibrater(MinMaxCalibrater):
-        """Knows our operator, and fuses what the runtime fuses, which leaves the ranges as they are."""
+        """Knows our operators, and fuses what the runtime fuses, which leaves the ranges as they are."""
 
         def create_inference_session(self) -> None:
             options = session_options(form == "operator")

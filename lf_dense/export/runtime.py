@@ -61,10 +61,10 @@ def _short_reason(error: Exception) -> str:
 
 
 def session_options(own_operators: bool) -> Any:
-    """``onnxruntime.SessionOptions`` for an exported model, with the attention's operator where it has that.
+    """``onnxruntime.SessionOptions`` for an exported model, with our operators where it has those.
 
     Raises:
-        UsageError: the operator's library is not there, or this onnxruntime does not take it.
+        UsageError: the operators' library is not there, or this onnxruntime does not take it.
     """
     import onnxruntime
 

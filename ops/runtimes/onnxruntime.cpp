@@ -1,15 +1,15 @@
-// The node as an onnxruntime custom operator, on the session's own threads. The C interface alone is used,
+// The nodes as onnxruntime's custom operators, on the session's own threads. The C interface alone is used,
 // and the oldest version of it that has what is needed, so that one binary serves every onnxruntime from 1.17
 // on.
 #include <onnxruntime_c_api.h>
 
-#include <array>
 #include <exception>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <thread>
 
-#include "node.h"
+#include "nodes.h"
 
 #if ORT_API_VERSION < 17
 #error "lf_dense's operators for onnxruntime need the header of onnxruntime 1.17 or newer."
@@ -84,6 +84,7 @@ namespace {
 
 struct Operator : OrtCustomOp {
   const OrtApi* api;
+  const NodeKind* node;
   ONNXTensorElementDataType type;
   DType dtype;
 };
@@ -91,79 +92,140 @@ struct Operator : OrtCustomOp {
 const Operator& self(const OrtCustomOp* op) { return *static_cast<const Operator*>(op); }
 
 struct Kernel {
-  const OrtApi* api;
-  DType dtype;
-  NodeAttributes attributes;
+  const Operator& op;
+  Attributes attributes;
 };
 
 OrtStatus* create(const OrtCustomOp* op, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
   const OrtApi* api = self(op).api;
   return guarded(api, [&] {
-    NodeAttributes node;
-    check(api->KernelInfoGetAttribute_float(info, "scale", &node.scale));
-    check(api->KernelInfoGetAttribute_int64(info, "iters", &node.iters));
-    check(api->KernelInfoGetAttribute_float(info, "eps", &node.eps));
-    check(api->KernelInfoGetAttribute_float(info, "tau", &node.tau));
-    check_attributes(node);
-    *kernel = new Kernel{api, self(op).dtype, node};
+    const NodeKind& node = *self(op).node;
+    Attributes attributes;
+    for (const auto& [name, member] : node.floats)
+      check(api->KernelInfoGetAttribute_float(info, name, &(attributes.*member)));
+    for (const auto& [name, member] : node.integers)
+      check(api->KernelInfoGetAttribute_int64(info, name, &(attributes.*member)));
+    node.check(node, attributes);
+    *kernel = new Kernel{self(op), attributes};
   });
 }
 
-Dims shape_of(const OrtApi* api, const OrtValue* value) {
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  check(api->GetTensorTypeAndShape(value, &info));
+Dims dims_of(const OrtApi* api, const OrtTensorTypeAndShapeInfo* info) {
   size_t rank = 0;
-  OrtStatus* status = api->GetDimensionsCount(info, &rank);
+  check(api->GetDimensionsCount(info, &rank));
   Dims dims(rank);
-  if (!status) status = api->GetDimensions(info, dims.data(), rank);
-  api->ReleaseTensorTypeAndShapeInfo(info);
-  check(status);
+  check(api->GetDimensions(info, dims.data(), rank));
   return dims;
 }
 
-void* data_of(const OrtApi* api, const OrtValue* value) {
+Dims dims_of(const OrtApi* api, const OrtValue* value) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  check(api->GetTensorTypeAndShape(value, &info));
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api->ReleaseTensorTypeAndShapeInfo)> owner(
+      info, api->ReleaseTensorTypeAndShapeInfo);
+  return dims_of(api, info);
+}
+
+char* data_of(const OrtApi* api, const OrtValue* value) {
   void* data = nullptr;
   check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-  return data;
+  return static_cast<char*>(data);
 }
 
 OrtStatus* compute(void* state, OrtKernelContext* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(state);
-  const OrtApi* api = kernel.api;
+  const NodeKind& node = *kernel.op.node;
+  const OrtApi* api = kernel.op.api;
   return guarded(api, [&] {
-    const OrtValue* inputs[4];
-    Dims shapes[4];
-    for (int i = 0; i < 4; ++i) {
-      check(api->KernelContext_GetInput(context, i, &inputs[i]));
-      shapes[i] = shape_of(api, inputs[i]);
+    Shapes shapes;
+    std::vector<char*> inputs, outputs;
+    for (size_t i = 0; i < node.inputs.size(); ++i) {
+      const OrtValue* input = nullptr;
+      check(api->KernelContext_GetInput(context, i, &input));
+      shapes.push_back(dims_of(api, input));
+      inputs.push_back(data_of(api, input));
     }
-    check_shapes(shapes[0], shapes[1], shapes[2], shapes[3]);
-    OrtValue* out = nullptr;
-    check(api->KernelContext_GetOutput(context, 0, shapes[0].data(), shapes[0].size(), &out));
-    const auto tokens = [&](const OrtValue* value) {
-      return token_view(data_of(api, value), shapes[0], kernel.dtype);
-    };
+    const Sizes sizes = sizes_of(node, shapes);
+    for (size_t i = 0; i < node.outputs.size(); ++i) {
+      const Dims dims = shape_of(node.outputs[i], sizes);
+      OrtValue* output = nullptr;
+      check(api->KernelContext_GetOutput(context, i, dims.data(), dims.size(), &output));
+      outputs.push_back(data_of(api, output));
+    }
     current = {api, context};
-    run_node(kernel.attributes, tokens(inputs[0]), tokens(inputs[1]), tokens(inputs[2]),
-             landmark_view(data_of(api, inputs[3]), shapes[3], kernel.dtype), tokens(out));
+    run_node(node, {kernel.attributes, sizes, kernel.op.dtype, inputs, outputs});
   });
 }
 
+// Shapes before a run, in which sizes have names: equal names are equal sizes to the runtime.
+class Inference {
+ public:
+  Inference(const OrtApi* api, OrtShapeInferContext* context) : api_(api), context_(context) {}
+
+  Dims input(size_t index, const Port& port) {
+    OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's own
+    check(api_->ShapeInferContext_GetInputTypeShape(context_, index, &info));
+    check(api_->GetTensorElementType(info, &type_));
+    Dims dims = dims_of(api_, info);
+    // A shape that is not known looks like a scalar's, which no node takes.
+    if (dims.empty()) return Dims(port.shape.size(), kUnknown);
+    std::vector<const char*> names(dims.size());
+    check(api_->GetSymbolicDimensions(info, names.data(), names.size()));
+    for (size_t i = 0; i < dims.size(); ++i) {
+      if (dims[i] >= 0) continue;
+      dims[i] = *names[i] ? -2 - static_cast<int64_t>(names_.size()) : kUnknown;
+      if (*names[i]) names_.emplace_back(names[i]);
+    }
+    return dims;
+  }
+
+  void output(size_t index, Dims dims) {
+    std::vector<const char*> names;
+    for (int64_t& size : dims) {
+      // The runtime might take two sizes without a name for equal ones.
+      if (size == kUnknown) return;
+      names.push_back(size < 0 ? names_[-2 - size].c_str() : "");
+      size = std::max(size, int64_t{-1});
+    }
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(api_->CreateTensorTypeAndShapeInfo(&info));
+    OrtStatus* status = api_->SetTensorElementType(info, type_);
+    if (!status) status = api_->SetDimensions(info, dims.data(), dims.size());
+    if (!status) status = api_->SetSymbolicDimensions(info, names.data(), names.size());
+    if (!status) status = api_->ShapeInferContext_SetOutputTypeShape(context_, index, info);
+    api_->ReleaseTensorTypeAndShapeInfo(info);
+    check(status);
+  }
+
+ private:
+  const OrtApi* api_;
+  OrtShapeInferContext* context_;
+  std::vector<std::string> names_;
+  // The operators of one name share an inference, so that their own type says nothing.
+  ONNXTensorElementDataType type_ = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+};
+
+// The runtime passes over what this refuses, and the run says it.
 OrtStatus* infer_shape(const OrtCustomOp* op, OrtShapeInferContext* context) {
   const OrtApi* api = self(op).api;
-  OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's own
-  OrtStatus* status = api->ShapeInferContext_GetInputTypeShape(context, 0, &info);
-  return status ? status : api->ShapeInferContext_SetOutputTypeShape(context, 0, info);
+  return guarded(api, [&] {
+    const NodeKind& node = *self(op).node;
+    Inference inference(api, context);
+    Shapes shapes;
+    for (size_t i = 0; i < node.inputs.size(); ++i) shapes.push_back(inference.input(i, node.inputs[i]));
+    const Sizes sizes = sizes_of(node, shapes);
+    for (size_t i = 0; i < node.outputs.size(); ++i) inference.output(i, shape_of(node.outputs[i], sizes));
+  });
 }
 
-Operator make_operator(const OrtApi* api, ONNXTensorElementDataType type, DType dtype) {
+Operator make_operator(const OrtApi* api, const NodeKind& node, ONNXTensorElementDataType type, DType dtype) {
   Operator op{};
   op.version = kApiVersion;
-  op.GetName = [](const OrtCustomOp*) { return kNode; };
+  op.GetName = [](const OrtCustomOp* op) { return self(op).node->name; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
-  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return 4; };
+  op.GetInputTypeCount = [](const OrtCustomOp* op) { return self(op).node->inputs.size(); };
   op.GetInputType = [](const OrtCustomOp* op, size_t) { return self(op).type; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+  op.GetOutputTypeCount = [](const OrtCustomOp* op) { return self(op).node->outputs.size(); };
   op.GetOutputType = [](const OrtCustomOp* op, size_t) { return self(op).type; };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
@@ -179,21 +241,25 @@ Operator make_operator(const OrtApi* api, ONNXTensorElementDataType type, DType 
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.InferOutputShapeFn = infer_shape;
   op.api = api;
+  op.node = &node;
   op.type = type;
   op.dtype = dtype;
   return op;
 }
 
-// One operator for each dtype, under one name. They are never released: nobody says when the last session
-// that uses them has ended.
+// One operator for each node and dtype. They are never released: nobody says when the last session that uses
+// them has ended.
 struct Operators {
-  std::array<Operator, 3> all;
+  std::vector<Operator> all;
   OrtCustomOpDomain* domain = nullptr;
 
-  explicit Operators(const OrtApi* api)
-      : all{make_operator(api, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, DType::kFloat32),
-            make_operator(api, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, DType::kFloat16),
-            make_operator(api, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, DType::kBFloat16)} {
+  explicit Operators(const OrtApi* api) {
+    for (const NodeKind& node : kNodes) {
+      all.push_back(make_operator(api, node, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, DType::kFloat32));
+      if (!node.takes_halves) continue;
+      all.push_back(make_operator(api, node, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, DType::kFloat16));
+      all.push_back(make_operator(api, node, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, DType::kBFloat16));
+    }
     check(api->CreateCustomOpDomain(kDomain, &domain));
     for (const Operator& op : all) check(api->CustomOpDomain_Add(domain, &op));
   }

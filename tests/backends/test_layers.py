@@ -127,9 +127,8 @@ def watch_attention(block: Block, monkeypatch, attended: torch.Tensor) -> list[l
     """Put a constant in the attention's place, and note queries, keys, values and landmarks."""
     given = []
 
-    def attend(q, k, v, hw_shape, landmarks=None):
-        if landmarks is None:
-            landmarks = block.attn.pool_landmarks(q, hw_shape)
+    def attend(q, k, v, hw_shape):
+        landmarks = block.attn.pool_landmarks(q, hw_shape)
         given.append([tensor.flatten(2) for tensor in (q, k, v, landmarks.transpose(1, 2))])
         return attended.to(q.dtype)
 
@@ -373,7 +372,7 @@ def test_layers_that_do_more_than_their_weights_say_run_by_themselves(change, ca
     block = build_block(16, 2, 4)
     change(block)
     run(block, torch.randn(1, 6, 16), (2, 3))
-    assert calls == []
+    assert set(calls) <= {"pool_tokens"}
 
 
 def test_what_asks_for_a_gradient_trains_in_plain_pytorch(calls):

@@ -94,8 +94,11 @@ def test_the_operators_form(format_, checkpoint, tmp_path):
         "backbone",
         tell=lambda line: None,
     )
-    assert max(row.error for row in checks) <= exporting.TOLERANCE
+    assert [row.what for row in checks][:2] == ["1 x 224 x 224", "2 x 321 x 259"]
+    assert max(row.error for row in checks) <= 1e-5
     assert json.loads(out.with_suffix(".json").read_text())["attention"] == "operator"
+    # Nodes have their names in both kinds of file.
+    assert all(name in out.read_bytes() for name in (b"ProjectHeads", b"MergeHeads", b"ConvFFN"))
     assert len(Runtime(out).run(np.zeros((1, 3, 65, 99), np.float32))) == 4
 
 

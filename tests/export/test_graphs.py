@@ -1,6 +1,8 @@
-"""Exported graphs: the attention in both forms, against the literal computation in float64."""
+"""Exported graphs: what is in them in each form, and the standard one against the literal computation."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import onnx
 import onnxruntime
@@ -9,7 +11,9 @@ import torch
 from torch import nn
 
 import lf_dense
+from lf_dense.attention import RotaryTable
 from lf_dense.backends import exporting, native
+from lf_dense.blocks import Block
 from lf_dense.export import graphs
 from lf_dense.export.parts import Backbone
 from support import ROOT
@@ -21,6 +25,7 @@ SMALL = {
     "num_heads": (1, 2, 3, 4),
     "mlp_ratios": (2, 2, 2, 2),
 }
+BLOCK = ["ProjectHeads", "LaplacianAttention", "MergeHeads", "ConvFFN"]
 
 
 def _body(scan):
@@ -39,9 +44,9 @@ class Attention(nn.Module):
 class Model(nn.Module):
     """What ``Backbone`` takes the backbone of."""
 
-    def __init__(self, **options):
+    def __init__(self, **changes):
         super().__init__()
-        self.backbone = lf_dense.LaplacianFormer(SMALL, **options).eval()
+        self.backbone = lf_dense.LaplacianFormer(SMALL | changes).eval()
 
 
 def session_of(model):
@@ -107,6 +112,16 @@ def operator():
     return model, graphs.onnx_graph(Backbone(model), "operator", 3, None, tuple("abcd"))
 
 
+@pytest.fixture(scope="module")
+def before_int8():
+    model = Model()
+    return model, graphs.onnx_graph(Backbone(model), "operator", 3, None, tuple("abcd"), int8=True)
+
+
+def our_nodes(graph):
+    return [node for node in all_nodes(graph.graph) if node.domain == graphs.DOMAIN]
+
+
 def test_the_standard_form_needs_nothing_of_ours(standard):
     _, graph = standard
     onnx.checker.check_model(graph, full_check=True)
@@ -128,27 +143,85 @@ def test_the_standard_form_takes_any_size(standard, batch, height, width):
         assert abs(out - expected.numpy()).max() <= 1e-5 * expected.abs().max()
 
 
-def test_the_operator_is_one_node_an_attention(operator):
-    _, graph = operator
-    nodes = [node for node in all_nodes(graph.graph) if node.domain == graphs.DOMAIN]
-    assert [node.op_type for node in nodes] == ["LaplacianAttention"] * 4
-    assert not any(node.op_type == "Scan" for node in all_nodes(graph.graph))
-    values = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in nodes[0].attribute}
-    assert values == {
-        "scale": pytest.approx(4.0),
-        "iters": 10,
-        "eps": pytest.approx(1e-2),
-        "tau": pytest.approx(1e-2),
-    }
+def attributes_of(node):
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-def test_tokens_reach_the_operator_as_projections_leave_them(operator):
-    """The node's layout is the projections': no transpose stands on either side of it."""
+def test_a_block_is_four_nodes(operator):
     _, graph = operator
-    made_by = {name: node for node in graph.graph.node for name in node.output}
-    for node in graph.graph.node:
-        if node.op_type == "LaplacianAttention":
-            assert [made_by[name].op_type for name in node.input[:3]].count("Transpose") == 0
+    assert [node.op_type for node in our_nodes(graph)] == 4 * BLOCK
+    project, attention, merge, ffn = map(attributes_of, our_nodes(graph)[:4])
+    small = pytest.approx(1e-2)
+    assert attention == {"scale": pytest.approx(4.0), "iters": 10, "eps": small, "tau": small}
+    assert project == ffn == {"eps": pytest.approx(1e-6)}
+    assert merge == {}
+    # What is left: the patch embeddings' convolutions and norms, and the stages' norms.
+    others = Counter(node.op_type for node in all_nodes(graph.graph))
+    assert (others["Scan"], others["Conv"], others["LayerNormalization"]) == (0, 4, 8)
+
+
+def test_weights_reach_the_nodes_as_they_are(operator):
+    model, graph = operator
+    weights = {tensor.name: tensor for tensor in graph.graph.initializer}
+    layer = model.backbone.stages[0].blocks[0].ffn
+    ffn = our_nodes(graph)[3]
+    for name, tensor in ((ffn.input[3], layer.fc1.weight), (ffn.input[5], layer.dwconv.weight)):
+        assert (onnx.numpy_helper.to_array(weights[name]) == tensor.detach().numpy()).all()
+
+
+def test_int8_keeps_layers_that_the_quantiser_knows(before_int8):
+    _, graph = before_int8
+    assert [node.op_type for node in our_nodes(graph)] == ["LaplacianAttention"] * 4
+    others = Counter(node.op_type for node in all_nodes(graph.graph))
+    assert (others["Scan"], others["Conv"]) == (0, 12)
+
+
+def test_tokens_reach_the_nodes_as_projections_leave_them(operator, before_int8):
+    """The nodes' layout is the projections': no transpose stands on either side of them."""
+    for _, graph in (operator, before_int8):
+        made_by = {name: node for node in graph.graph.node for name in node.output}
+        for node in our_nodes(graph):
+            tokens = (
+                node.input[:3] if node.op_type in ("LaplacianAttention", "MergeHeads") else node.input[:1]
+            )
+            assert not any(made_by[name].op_type == "Transpose" for name in tokens)
+
+
+class OwnAttention(lf_dense.LaplacianAttention):
+    """May do anything."""
+
+
+def test_blocks_that_are_not_plain_have_the_attention_alone():
+    model = Model(depths=(3, 1, 1, 1))
+    (hooked, replaced, plain), (whitened,) = (stage.blocks for stage in model.backbone.stages[:2])
+    hooked.ffn.fc1.register_forward_hook(lambda layer, inputs, output: output * 2)
+    replaced.attn.__class__ = OwnAttention
+    whitened.attn.normalization = "whiten_keys"
+    graph = graphs.onnx_graph(Backbone(model), "operator", 3, (64, 96), tuple("abcd"))
+    kinds = [node.op_type for node in our_nodes(graph)]
+    assert kinds == ["LaplacianAttention"] * 2 + 3 * BLOCK
+    assert plain.attn.normalization == "mass"
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary": False}, {"qkv_bias": False, "learn_kernel_scale": True}])
+def test_a_block_as_nodes_is_the_block(options):
+    block = Block(32, 2, lf_dense.LaplacianAttention(32, 2, **options)).eval()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, hw_shape = torch.randn(2, 45, 32), (5, 9)
+    table = RotaryTable(hw_shape, 16, x.device)
+    with torch.no_grad(), lf_dense.use_backend("reference"):
+        wanted = block(x, hw_shape, table)
+        with exporting("layers"):
+            assert block.operators(x).__name__ == "lf_dense.backends.layers"
+            got = block(x, hw_shape, table)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_nodes_are_for_float32_alone():
+    block = Block(32, 2, lf_dense.LaplacianAttention(32, 2)).double().eval()
+    with torch.no_grad(), exporting("layers"):
+        assert block.operators(torch.randn(1, 6, 32, dtype=torch.float64)) is None
 
 
 def test_a_file_says_nothing_of_the_machine_that_made_it(standard, operator):
@@ -164,6 +237,10 @@ def test_a_torch_graph_is_the_module(form):
         pytest.skip(f"no native operators: {native.library_obstacle('cpu')}")
     model = Model()
     program = graphs.torch_graph(Backbone(model), form, 3, None)
+    # Its own native operators, and none that stand for nodes.
+    ours = {str(node.target) for node in program.graph.nodes if "lf_dense" in str(node.target)}
+    names = ("project_heads", "pool_tokens", "laplacian_attention", "merge_heads", "conv_ffn")
+    assert ours == ({f"lf_dense.{name}.default" for name in names} if form == "operator" else set())
     for shape in ((2, 3, 96, 64), (1, 3, 161, 131)):
         image = torch.randn(shape)
         with torch.no_grad():

@@ -11,11 +11,12 @@ pytest.importorskip("mmdet")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+import onnx
 from onnx import numpy_helper
 
 from lf_dense.errors import UsageError
 from lf_dense.export import exporting, quantizing
-from lf_dense.export.graphs import onnx_graph
+from lf_dense.export.graphs import DOMAIN, onnx_graph
 from lf_dense.export.libraries import operator_library
 from lf_dense.export.parts import choose_part
 from lf_dense.export.preparing import Preparation, read_image, write_png
@@ -158,6 +159,8 @@ def test_the_operators_form(checkpoint, shapes, tmp_path):
         tell=lambda line: None,
     )
     assert max(row.error for row in checks) < exporting.INT8_TOLERANCE
+    ours = {node.op_type for node in onnx.load(out).graph.node if node.domain == DOMAIN}
+    assert ours == {"LaplacianAttention"}
 
 
 def test_a_spoilt_model_is_not_written(checkpoint, shapes, tmp_path, monkeypatch):
