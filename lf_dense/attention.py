@@ -181,10 +181,10 @@ class LaplacianAttention(nn.Module):
     def pool_landmarks(self, q: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Average queries ``(B, N, heads, head_dims)`` over the grid: ``(B, heads, m, head_dims)``."""
         (height, width), (batch, _, heads, head_dims) = hw_shape, q.shape
-        rows, columns = (min(cells, size) for cells, size in zip(self.landmark_grid, hw_shape))
         if can_pool(q):
-            pooled = native.pool_tokens(q.flatten(2).unflatten(1, hw_shape), (rows, columns))
+            pooled = native.pool_tokens(q.flatten(2).unflatten(1, hw_shape), self.landmark_grid)
             return pooled.unflatten(2, (heads, head_dims)).transpose(1, 2)
+        rows, columns = (min(cells, size) for cells, size in zip(self.landmark_grid, hw_shape))
         # Two products in place of adaptive_avg_pool2d, whose gradient on a GPU differs from run to run.
         over_rows = pooling_matrix(height, rows, q).expand(batch, rows, height)
         over_columns = pooling_matrix(width, columns, q).expand(batch * rows, columns, width)

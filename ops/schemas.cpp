@@ -25,7 +25,7 @@ LF_DEFINE(m) {
       "project_heads(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor q_weight, Tensor "
       "q_bias, Tensor k_weight, Tensor k_bias, Tensor v_weight, Tensor v_bias, Tensor rows, Tensor columns)"
       " -> (Tensor q, Tensor k, Tensor v)");
-  // The map averaged over a grid, (B, rows * columns, C).
+  // The map averaged over a grid, (B, rows * columns, C); a smaller map has a cell for each token.
   m.def("pool_tokens(Tensor x, int rows, int columns) -> Tensor");
   // x + proj(attended + conv(values)), with conv (C, 1, 3, 3).
   m.def(

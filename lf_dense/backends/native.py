@@ -204,7 +204,10 @@ def project_heads(
 
 
 def pool_tokens(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A map ``(B, H, W, C)`` averaged over a grid as adaptive pooling does, ``(B, m, C)``; no gradient."""
+    """A map ``(B, H, W, C)`` averaged over a grid as adaptive pooling does, ``(B, m, C)``; no gradient.
+
+    A map that is smaller than the grid has a cell for each of its tokens.
+    """
     return torch.ops.lf_dense.pool_tokens(x.contiguous(), *grid)
 
 
@@ -280,7 +283,8 @@ def _project_fake(
 
 
 def _pool_fake(x: Tensor, rows: int, columns: int) -> Tensor:
-    return x.new_empty(x.shape[0], rows * columns, x.shape[3])
+    cells = torch.sym_min(rows, x.shape[1]) * torch.sym_min(columns, x.shape[2])
+    return x.new_empty(x.shape[0], cells, x.shape[3])
 
 
 def _like_first_fake(x: Tensor, *layers: object) -> Tensor:

@@ -167,9 +167,10 @@ Tensor pool_tokens(const Tensor& x, int64_t rows, int64_t columns) {
                   "lf_dense: pooling takes float32, float64 or bfloat16 tokens.");
   check_tokens(x, 4, type);
   const Tokens shape{x.size(0), x.size(1), x.size(2), x.size(3)};
-  STD_TORCH_CHECK(0 < rows && rows <= shape.height && 0 < columns && columns <= shape.width,
-                  "lf_dense: a grid of ", rows, " x ", columns, " does not fit a map of ", shape.height,
-                  " x ", shape.width, ": it has from one cell to one for each token.");
+  STD_TORCH_CHECK(rows > 0 && columns > 0, "lf_dense: a grid of ", rows, " x ", columns,
+                  " has no cells: it needs at least one row and one column.");
+  rows = std::min(rows, shape.height);
+  columns = std::min(columns, shape.width);
   Tensor out = empty({shape.batch, rows * columns, shape.channels}, type, x);
   if (type == ScalarType::Double) {
     pooled<double>(shape, data<double>(x), rows, columns, data<double>(out));

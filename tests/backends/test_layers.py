@@ -263,8 +263,8 @@ def test_wrong_shapes_and_dtypes_are_refused(operator, dtypes):
 
 def test_what_does_not_fit_is_refused():
     (_, _), (pool, (maps, *_)), _, (ffn, args) = operator_calls(torch.float32)
-    for grid in [(4, 2), (0, 2), (2, 5)]:
-        with pytest.raises(RuntimeError, match="does not fit a map of 3 x 4"):
+    for grid in [(0, 2), (2, -1)]:
+        with pytest.raises(RuntimeError, match="has no cells: it needs at least one row and one column"):
             pool(maps, *grid)
     odd = [tensor[..., :7].contiguous() if torch.is_tensor(tensor) else tensor for tensor in args[:4]]
     weight = torch.randn(24, 7, dtype=torch.bfloat16)

@@ -578,7 +578,7 @@ def test_sizes_pass_through_the_nodes_as_ranges(openvino, layer, tmp_path):
     model = new_core().read_model(str(make_layer_model(tmp_path / "node.onnx", layer)))
     x = [[1, 4], -1, [2, 9], 24]
     shapes = layer_shapes(layer)
-    ranges = {key: x for key in ("x", "attended", "values")} | {"rows": [2, 3, -1], "columns": [2, 3, [2, 9]]}
+    ranges = dict.fromkeys(("x", "attended", "values"), x) | {"rows": [2, 3, -1], "columns": [2, 3, [2, 9]]}
     shapes |= {key: shape for key, shape in ranges.items() if key in shapes}
     model.reshape({key: openvino.PartialShape(list(shape)) for key, shape in shapes.items()})
     wanted = openvino.PartialShape(x)
