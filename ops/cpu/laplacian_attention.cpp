@@ -134,21 +134,26 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
     landmarks.gram(head, constants.scale, gram);
     invert<T>(gram, m, iters, eps, shared, inverses + head * m * padded_m);
   };
+  // Otherwise threads solve beside those that go through the keys, which need no inverse.
+  const int64_t solved_beside = shared ? 0 : heads;
   if (shared) {
     for (int64_t head = 0; head < heads; ++head) solve(head);
-  } else {
-    parallel(heads, solve);
   }
 
   // Each chunk centres its values on its own mean, in the cache, so that keys and values are read once.
   const Chunks chunks(rows);
   const int64_t partial_size = m * cols + padded_m + cols;
   Scratch<T> partials(heads * chunks.count * partial_size);
-  share_out(heads * chunks.count, [&](const auto& take) {
+  share_out(solved_beside + heads * chunks.count, [&](const auto& take) {
     Scratch<T> values(chunks.length * cols), tile(kTile * cols), transposed(kTile * cols), kernel(m * kTile);
     Scratch<T> lane_mass(m * kTile), negative_mean(cols), ones(chunks.length);
     std::fill_n(ones.get(), chunks.length, T{1});
-    for (int64_t item = take(); item >= 0; item = take()) {
+    for (int64_t next = take(); next >= 0; next = take()) {
+      if (next < solved_beside) {
+        solve(next);
+        continue;
+      }
+      const int64_t item = next - solved_beside;
       const int64_t head = item / chunks.count, chunk = item % chunks.count;
       const int64_t first = chunks.first(chunk), count = chunks.end(chunk) - first;
       T* sums = partials + item * partial_size;
