@@ -52,8 +52,8 @@ class Pieces {
   int64_t count() const { return count_; }
   // Into how many parts the hidden channels are cut.
   int64_t parts() const { return parts_; }
-  // The most hidden channels of a piece.
-  int64_t most_channels() const { return parts_ == 1 ? hidden_ : hidden_ / parts_ + kAlign; }
+  // No piece has more hidden channels: a part is rounded up, and the last one has what is left over.
+  int64_t most_channels() const { return parts_ == 1 ? hidden_ : hidden_ / parts_ + 2 * kAlign; }
   // The most columns of a piece, neighbours included.
   int64_t widest() const { return strips_ == 1 ? width_ : kColumns + 2; }
 
@@ -104,7 +104,6 @@ class Worker {
         hidden_(pieces.most_channels() * stride_),
         rows_(kPanel * cols_),
         transposed_(kPanel * cols_),
-        active_(kPanel * kHidden),
         left_(kPanel),
         right_(kPanel),
         no_bias_(shape.channels),
@@ -225,7 +224,7 @@ class Worker {
   X* out_;
   T* partials_;
   int64_t cols_, behind_, stride_;
-  Scratch<T> hidden_, rows_, transposed_, active_, left_, right_, no_bias_;
+  Scratch<T> hidden_, rows_, transposed_, left_, right_, no_bias_;
   Gathered<T, X> gathered_;
   Factor<T, W> tokens_, activations_;
   // What belongs to the piece.

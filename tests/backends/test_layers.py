@@ -141,6 +141,7 @@ SETTINGS = [
     (40, 2, 3, {"qkv_bias": False}),
     (320, 5, 4, {}),
     (8, 2, 1, {"rotary": False}),
+    (36, 1, 7, {}),
     (4, 1, 2, {"landmark_grid": (3, 5)}),
 ]
 
