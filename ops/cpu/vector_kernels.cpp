@@ -491,8 +491,7 @@ void linear(T* out, int64_t out_stride, const T* a, int64_t a_row, const T* bias
 // p / q to about an ulp, for q of moderate size.
 inline vec<float> quotient(vec<float> p, vec<float> q) {
 #if defined(__AVX512F__)
-  // A step of Newton's method takes the estimate's 14 bits to 28; a division takes as long as five such
-  // steps.
+  // A step of Newton's method takes the estimate's 14 bits to 28.
   const vec<float> estimate = (vec<float>)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)q);
   return p * (estimate * (2.0f - q * estimate));
 #else
