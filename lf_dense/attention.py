@@ -62,20 +62,13 @@ class RotaryTable:
         if self._whole is not None:
             return self._whole
         height, width = self.hw_shape
-        (row_cos, row_sin), (column_cos, column_sin) = (axis.mT for axis in self.axes)
-
-        def over_map(*parts: Tensor) -> Tensor:
-            """Rows' and columns' parts in turn, side by side."""
-            wide = [
-                part[None].expand(height, -1, -1) if index % 2 else part[:, None].expand(-1, width, -1)
-                for index, part in enumerate(parts)
-            ]
-            return torch.cat(wide, -1).flatten(0, 1).unsqueeze(1)
-
-        whole = (
-            over_map(row_cos, column_cos, row_cos, column_cos),
-            over_map(-row_sin, -column_sin, row_sin, column_sin),
-        )
+        rows, columns = (axis.mT for axis in self.axes)
+        over_map = [
+            rows[:, :, None].expand(2, height, width, -1),
+            columns[:, None].expand(2, height, width, -1),
+        ]
+        cos, sin = torch.cat(over_map, -1).flatten(1, 2).unsqueeze(2)
+        whole = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         # A graph that is compiled may not change what is outside a checkpoint; it merges equal tables itself.
         if not torch.compiler.is_dynamo_compiling():
             self._whole = whole

@@ -138,7 +138,9 @@ def test_an_int8_detector_from_the_command_line(format_, checkpoint, shapes, tmp
     assert json.loads(out.with_suffix(".json").read_text())["precision"] == "int8"
     # An OpenVINO model's weights are in a file of their own.
     weights = out.with_suffix(".bin") if format_ == "openvino" else out
-    assert weights.stat().st_size < 0.45 * checkpoint.stat().st_size
+    # A graph for one size has cosines and sines of half a head's channels for each token as constants.
+    tables = 2 * 4 * 32 * sum((96 // stride) * (128 // stride) for stride in (4, 8, 16, 32))
+    assert weights.stat().st_size < 0.45 * checkpoint.stat().st_size + tables
     assert len(Runtime(out).run(np.zeros((1, 3, 96, 128), np.float32))) == 8
 
 
