@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .backends import native
+from .backends.reference import turned, whole_turns
 from .fusing import can_pool
 from .presets import EPS, KERNEL_SCALE, LANDMARK_GRID, NEWTON_ITERS, NORMALIZATION, TAU
 
@@ -47,7 +48,6 @@ class RotaryTable:
     """
 
     def __init__(self, hw_shape: tuple[int, int], head_dims: int, device: torch.device) -> None:
-        self.hw_shape = hw_shape
         pairs = head_dims // 4
         exponents = torch.arange(pairs, device=device, dtype=torch.float32) / pairs
         frequencies = (2 * math.pi * ROTARY_PERIOD_RATIO**-exponents)[:, None]
@@ -61,14 +61,7 @@ class RotaryTable:
         """Cosines and signed sines of every token and channel, ``(H * W, 1, head_dims)`` each."""
         if self._whole is not None:
             return self._whole
-        height, width = self.hw_shape
-        rows, columns = (axis.mT for axis in self.axes)
-        over_map = [
-            rows[:, :, None].expand(2, height, width, -1),
-            columns[:, None].expand(2, height, width, -1),
-        ]
-        cos, sin = torch.cat(over_map, -1).flatten(1, 2).unsqueeze(2)
-        whole = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        whole = whole_turns(*self.axes)
         # A graph that is compiled may not change what is outside a checkpoint; it merges equal tables itself.
         if not torch.compiler.is_dynamo_compiling():
             self._whole = whole
@@ -77,8 +70,7 @@ class RotaryTable:
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     """Turn ``(B, N, heads, head_dims)``."""
-    cos, signed_sin = (part.to(x.dtype) for part in table.whole())
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+    return turned(x, *(part.to(x.dtype) for part in table.whole()))
 
 
 def pooling_matrix(size: int, cells: int, like: Tensor) -> Tensor:

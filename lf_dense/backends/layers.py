@@ -6,14 +6,16 @@ stand for the layers around it, and ``lf_dense.export`` translates them. Here th
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .native import weights
+from . import native
 from .node import laplacian_attention, laplacian_kernel, newton_schulz_inverse
+from .reference import turned, whole_turns
 
 __all__ = [
     "conv_ffn",
@@ -27,16 +29,10 @@ __all__ = [
 
 def _turned(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """A map ``(B, H, W, C)`` by the axes of a ``RotaryTable``, or as it is where they are empty."""
-    pairs = rows.shape[1]
-    if pairs == 0:
+    if rows.shape[1] == 0:
         return x
-    height, width = x.shape[1:3]
-    over_rows = rows.mT[:, :, None].expand(2, height, width, pairs)
-    over_columns = columns.mT[:, None].expand(2, height, width, pairs)
-    cos, sin = torch.cat([over_rows, over_columns], -1).unsqueeze(3)
-    first, second = x.unflatten(3, (-1, 4 * pairs)).chunk(2, -1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    return turned.flatten(3)
+    heads = x.flatten(1, 2).unflatten(2, (-1, 4 * rows.shape[1]))
+    return turned(heads, *whole_turns(rows, columns)).reshape(x.shape)
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -109,30 +105,6 @@ def _(x: Tensor, *layers: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def project_heads(
-    x: Tensor,
-    norm: nn.LayerNorm,
-    q: nn.Linear,
-    k: nn.Linear,
-    v: nn.Linear,
-    turns: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``native.project_heads``; float32."""
-    rows, columns = turns or [x.new_empty(2, 0, size) for size in x.shape[1:3]]
-    layers = _all_weights(q, k, v)
-    return torch.ops.lf_dense_export.project_heads(x, *_all_weights(norm), norm.eps, *layers, rows, columns)
-
-
-def merge_heads(x: Tensor, attended: Tensor, values: Tensor, conv: nn.Conv2d, proj: nn.Linear) -> Tensor:
-    """See ``native.merge_heads``; float32."""
-    return torch.ops.lf_dense_export.merge_heads(x, attended, values, *_all_weights(conv, proj))
-
-
-def conv_ffn(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, conv: nn.Conv2d, fc2: nn.Linear) -> Tensor:
-    """See ``native.conv_ffn``; float32."""
-    layers = _all_weights(fc1, conv, fc2)
-    return torch.ops.lf_dense_export.conv_ffn(x, *_all_weights(norm), norm.eps, *layers)
-
-
-def _all_weights(*layers: nn.Linear | nn.Conv2d | nn.LayerNorm) -> list[Tensor]:
-    return [tensor for layer in layers for tensor in weights(layer, torch.float32)]
+project_heads = functools.partial(native.project_heads, library="lf_dense_export")
+merge_heads = functools.partial(native.merge_heads, library="lf_dense_export")
+conv_ffn = functools.partial(native.conv_ffn, library="lf_dense_export")

@@ -188,19 +188,22 @@ def project_heads(
     k: nn.Linear,
     v: nn.Linear,
     turns: tuple[Tensor, Tensor] | None,
+    library: str = "lf_dense",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of ``norm(x)``, maps ``(B, H, W, C)`` all; no gradient.
 
     Queries and keys are turned by ``turns``, the ``axes`` of a ``lf_dense.attention.RotaryTable``, or not,
-    where that is None. All three have the dtype ``layers_dtype(x)``.
+    where that is None. All three have the dtype ``layers_dtype(x)``. ``library`` has the operator in
+    ``torch.ops``, here and below.
     """
     wide, dtype = compute_dtype(x.dtype), layers_dtype(x)
     if turns is None:
         rows, columns = (x.new_empty(2, 0, size, dtype=wide) for size in x.shape[1:3])
     else:
         rows, columns = (axis.to(wide) for axis in turns)
-    projections = (tensor for layer in (q, k, v) for tensor in weights(layer, wide, dtype))
-    return torch.ops.lf_dense.project_heads(x, *weights(norm, wide), norm.eps, *projections, rows, columns)
+    projections = (tensor for layer in (q, k, v) for tensor in _weights(layer, wide, dtype))
+    operator = getattr(torch.ops, library).project_heads
+    return operator(x, *_weights(norm, wide), norm.eps, *projections, rows, columns)
 
 
 def pool_tokens(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -211,27 +214,41 @@ def pool_tokens(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.ops.lf_dense.pool_tokens(x.contiguous(), *grid)
 
 
-def merge_heads(x: Tensor, attended: Tensor, values: Tensor, conv: nn.Conv2d, proj: nn.Linear) -> Tensor:
+def merge_heads(
+    x: Tensor,
+    attended: Tensor,
+    values: Tensor,
+    conv: nn.Conv2d,
+    proj: nn.Linear,
+    library: str = "lf_dense",
+) -> Tensor:
     """``x + proj(attended + conv(values))`` of maps ``(B, H, W, C)``; no gradient.
 
     ``attended`` and ``values`` have the dtype ``layers_dtype(x)``.
     """
     wide, dtype = compute_dtype(x.dtype), layers_dtype(x)
-    layers = (*weights(conv, wide), *weights(proj, wide, dtype))
-    return torch.ops.lf_dense.merge_heads(x, attended, values, *layers)
+    layers = (*_weights(conv, wide), *_weights(proj, wide, dtype))
+    return getattr(torch.ops, library).merge_heads(x, attended, values, *layers)
 
 
-def conv_ffn(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, conv: nn.Conv2d, fc2: nn.Linear) -> Tensor:
+def conv_ffn(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    fc1: nn.Linear,
+    conv: nn.Conv2d,
+    fc2: nn.Linear,
+    library: str = "lf_dense",
+) -> Tensor:
     """``x + fc2(GELU(conv(fc1(norm(x)))))`` of a map ``(B, H, W, C)``; no gradient.
 
     The hidden map is never there as a whole: each thread holds the activations of a few rows.
     """
     wide, dtype = compute_dtype(x.dtype), layers_dtype(x)
-    layers = (*weights(fc1, wide, dtype), *weights(conv, wide), *weights(fc2, wide, dtype))
-    return torch.ops.lf_dense.conv_ffn(x, *weights(norm, wide), norm.eps, *layers)
+    layers = (*_weights(fc1, wide, dtype), *_weights(conv, wide), *_weights(fc2, wide, dtype))
+    return getattr(torch.ops, library).conv_ffn(x, *_weights(norm, wide), norm.eps, *layers)
 
 
-def weights(
+def _weights(
     layer: nn.Linear | nn.Conv2d | nn.LayerNorm, wide: torch.dtype, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """A layer's weight in ``dtype``, or else in ``wide``, and its bias in ``wide``.

@@ -33,6 +33,26 @@ def _without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+def whole_turns(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """What an axial rotary embedding multiplies a map's tokens with.
+
+    Cosines and sines of the rows' pairs ``(2, pairs, H)`` and of the columns' ``(2, pairs, W)`` give cosines
+    and signed sines of every token and channel, ``(H * W, 1, 4 * pairs)`` each.
+    """
+    height, width = rows.shape[2], columns.shape[2]
+    over_map = [
+        rows.mT[:, :, None].expand(2, height, width, -1),
+        columns.mT[:, None].expand(2, height, width, -1),
+    ]
+    cos, sin = torch.cat(over_map, -1).flatten(1, 2).unsqueeze(2)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def turned(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Turn ``(B, N, heads, head_dims)``: pairs are channels ``c`` and ``c + head_dims / 2``."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
 def laplacian_kernel(x: Tensor, y: Tensor, scale: float) -> Tensor:
     """``exp(-|x_i - y_j|_1 / scale)`` in the inputs' dtype (paper, section 3).
 

@@ -22,7 +22,7 @@ constexpr int64_t kLeastChannels = 32;
 
 // Some rows and columns of one image's result, or what some hidden channels add to it.
 struct Piece {
-  int64_t image, first_row, rows, first_column, columns, first_channel, channels;
+  int64_t image, first_row, rows, first_column, columns, part, first_channel, channels;
 };
 
 // How a batch is cut for some threads. Results do not depend on their number.
@@ -59,7 +59,8 @@ class Pieces {
 
   Piece operator[](int64_t index) const {
     // Neighbours take other images and the same weights.
-    const int64_t each = strips_ * segments_, channel = channel_of(index / (images_ * each));
+    const int64_t each = strips_ * segments_, part_of_hidden = index / (images_ * each);
+    const int64_t channel = channel_of(part_of_hidden);
     const int64_t strip = index % strips_, segment = index / strips_ % segments_;
     const int64_t row = part(height_, segments_, segment), column = part(width_, strips_, strip);
     return {index / each % images_,
@@ -67,8 +68,9 @@ class Pieces {
             part(height_, segments_, segment + 1) - row,
             column,
             part(width_, strips_, strip + 1) - column,
+            part_of_hidden,
             channel,
-            channel_of(index / (images_ * each) + 1) - channel};
+            channel_of(part_of_hidden + 1) - channel};
   }
 
  private:
@@ -113,24 +115,23 @@ class Worker {
     no_bias_.zeroed(shape.channels);
   }
 
-  void run(const Piece& piece, int64_t index_of_part) {
+  void run(const Piece& piece) {
     piece_ = piece;
-    inner_ = piece.channels;
     const int64_t channel = piece.first_channel;
     fc1_now_ = {fc1_.weight + channel * shape_.channels, fc1_.bias + channel};
     conv_now_ = {conv_.weight + channel * 9, conv_.bias + channel};
     fc2_now_ = {fc2_.weight + channel, channel == 0 ? fc2_.bias : no_bias_.get()};
-    partial_ = partials_ ? partials_ + index_of_part * shape_.batch * shape_.each() * cols_ : nullptr;
+    partial_ = partials_ ? partials_ + piece.part * shape_.batch * shape_.each() * cols_ : nullptr;
     first_column_ = piece.first_column - (piece.first_column > 0);
     wide_ = std::min(shape_.width, piece.first_column + piece.columns + 1) - first_column_;
     const int64_t end = (piece.rows + 2) * wide_;
     inside_ = piece.first_row > 0 ? 0 : wide_;
     inside_end_ = piece.first_row + piece.rows < shape_.height ? end : end - wide_;
-    for (int64_t n = 0; n < inner_; ++n) std::fill_n(hidden_ + n * stride_, behind_, T{0});
+    for (int64_t n = 0; n < piece_.channels; ++n) std::fill_n(hidden_ + n * stride_, behind_, T{0});
     // What lies above the image is zero, and stands there already.
     for (int64_t first = inside_, slot = 0; first < end + 1; first += kPanel, ++slot) {
       if (slot == kPanels) {
-        for (int64_t n = 0; n < inner_; ++n) {
+        for (int64_t n = 0; n < piece_.channels; ++n) {
           T* channel = hidden_ + n * stride_;
           std::memmove(channel, channel + kPanels * kPanel, behind_ * sizeof(T));
         }
@@ -172,10 +173,11 @@ class Worker {
       kernels<T>().normalize(transposed_, kPanel, shape_.channels, tokens, norm_.weight, norm_.bias,
                              norm_.eps);
       tokens_.set(transposed_, shape_.channels, tokens);
-      tokens_.product(fc1_now_.weight, shape_.channels, fc1_now_.bias, inner_, panel, stride_);
+      tokens_.product(fc1_now_.weight, shape_.channels, fc1_now_.bias, piece_.channels, panel, stride_);
     }
     if (count == kPanel) return;
-    for (int64_t n = 0; n < inner_; ++n) std::fill_n(panel + n * stride_ + count, kPanel - count, T{0});
+    for (int64_t n = 0; n < piece_.channels; ++n)
+      std::fill_n(panel + n * stride_ + count, kPanel - count, T{0});
   }
 
   // Convolution, GELU and the second layer: the result's positions `first` and on; `middle` are their hidden
@@ -190,8 +192,8 @@ class Worker {
       std::memset(right_ + i, column < wide_ - 1 ? 0xFF : 0, sizeof(T));
     }
     const int64_t tokens = padded(end - begin);
-    for (int64_t n = 0; n < inner_; n += kHidden) {
-      const int64_t channels = std::min(kHidden, inner_ - n);
+    for (int64_t n = 0; n < piece_.channels; n += kHidden) {
+      const int64_t channels = std::min(kHidden, piece_.channels - n);
       activations_.set_active(middle + n * stride_, stride_, wide_, left_, right_,
                               {conv_now_.weight + n * 9, conv_now_.bias + n}, channels, tokens);
       activations_.product(fc2_now_.weight + n, hidden_channels_, n == 0 ? fc2_now_.bias : nullptr,
@@ -229,7 +231,7 @@ class Worker {
   Factor<T, W> tokens_, activations_;
   // What belongs to the piece.
   Piece piece_{};
-  int64_t inner_ = 0, first_column_ = 0, wide_ = 0, inside_ = 0, inside_end_ = 0;
+  int64_t first_column_ = 0, wide_ = 0, inside_ = 0, inside_end_ = 0;
   Linear<T, W> fc1_now_{}, fc2_now_{};
   Linear<T> conv_now_{};
   T* partial_ = nullptr;
@@ -243,10 +245,8 @@ void add_parts(const Tokens& shape, const X* x, const T* partials, int64_t parts
     const int64_t first = panel * kPanel, count = std::min(kPanel, tokens - first);
     const Scratch<T> sum(count * cols);
     std::copy_n(partials + first * cols, count * cols, sum.get());
-    for (int64_t part = 1; part < parts; ++part) {
-      const T* added = partials + (part * tokens + first) * cols;
-      for (int64_t i = 0; i < count * cols; ++i) sum[i] += added[i];
-    }
+    for (int64_t part = 1; part < parts; ++part)
+      kernels<T>().accumulate(sum, partials + (part * tokens + first) * cols, count * cols);
     token_kernels<T, X>().add(x + first * shape.channels, shape.channels, sum, count, shape.channels, cols,
                               out + first * shape.channels);
   });
@@ -263,7 +263,7 @@ void feed_forward(const Tokens& shape, const X* x, const LayerNorm<T>& norm, int
   share_out(pieces.count(), [&](const auto& take) {
     Worker<T, X, W> worker(shape, x, norm, hidden, fc1, conv, fc2, pieces, out,
                            cut ? partials.get() : nullptr);
-    for (int64_t i = take(); i >= 0; i = take()) worker.run(pieces[i], cut ? i / shape.batch : 0);
+    for (int64_t i = take(); i >= 0; i = take()) worker.run(pieces[i]);
   });
   if (cut) add_parts<T>(shape, x, partials, pieces.parts(), out);
 }

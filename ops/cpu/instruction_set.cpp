@@ -24,10 +24,12 @@ extern const InstructionSet instructions;
 // The plain one runs anywhere.
 const InstructionSet* const compiled_instruction_sets[] = {
 #if defined(LF_HAS_X86)
-    &avx512bf16::instructions, &avx512::instructions,
-    &avx2::instructions,
+    &avx512bf16::instructions,  // 64 bytes, and products of bfloat16
+    &avx512::instructions,      // 64 bytes
+    &avx2::instructions,        // 32
 #endif
-    &plain::instructions,      nullptr,
+    &plain::instructions,  // 16
+    nullptr,
 };
 
 namespace {

@@ -499,26 +499,45 @@ inline vec<float> quotient(vec<float> p, vec<float> q) {
 #endif
 }
 
-// x Phi(x), where Phi(x) = 1/2 + x P(x^2) / Q(x^2) was fitted to the normal distribution on [-5.6, 5.6], to
-// 1e-8. Further left it is 0, which is right to 6e-8.
-inline vec<float> gelu(vec<float> x) {
-  constexpr float limit = 5.6f;
+// Coefficients of P and Q, highest first, of Phi(x) = 1/2 + x P(x^2) / Q(x^2) on [-limit, limit]. Q ends
+// in 1.
+template <int degree>
+struct NormalDistribution {
+  float limit, p[degree + 1], q[degree];
+};
+
+// Fitted to 1e-8.
+constexpr NormalDistribution<5> kNormal = {
+    5.6f,
+    {2.2145283298e-8f, 6.3565237137e-6f, 1.7385056383e-4f, 4.7072584873e-3f, 3.4376097408e-2f,
+     3.9894222157e-1f},
+    {1.1802104818e-6f, 7.5101829459e-5f, 1.9129773683e-3f, 2.8940081261e-2f, 2.5283381088e-1f},
+};
+// To 3e-6, for what is rounded to bfloat16 next.
+constexpr NormalDistribution<3> kRoughNormal = {
+    4.6f,
+    {3.2756193244e-05f, 3.8170435711e-03f, 2.7672715297e-02f, 3.9892538544e-01f},
+    {1.1542078104e-03f, 2.3914156919e-02f, 2.3596743347e-01f},
+};
+
+// x Phi(x). Further left than the fit it is 0, which is right to 6e-8, or to 1e-5 by the rough one.
+template <int degree>
+inline vec<float> gelu(vec<float> x, const NormalDistribution<degree>& normal) {
+  const float limit = normal.limit;
   vec<float> z = x > limit ? vec<float>{} + limit : x;
   z = z < -limit ? vec<float>{} - limit : z;
   const vec<float> u = z * z;
-  vec<float> p = u * 2.2145283298e-8f + 6.3565237137e-6f;
-  p = p * u + 1.7385056383e-4f;
-  p = p * u + 4.7072584873e-3f;
-  p = p * u + 3.4376097408e-2f;
-  p = p * u + 3.9894222157e-1f;
-  vec<float> q = u * 1.1802104818e-6f + 7.5101829459e-5f;
-  q = q * u + 1.9129773683e-3f;
-  q = q * u + 2.8940081261e-2f;
-  q = q * u + 2.5283381088e-1f;
-  q = q * u + 1.0f;
+  vec<float> p = u * normal.p[0] + normal.p[1], q = u * normal.q[0] + normal.q[1];
+#pragma GCC unroll 8
+  for (int i = 2; i <= degree; ++i) {
+    p = p * u + normal.p[i];
+    q = q * u + (i < degree ? normal.q[i] : 1.0f);
+  }
   const vec<float> result = x * (z * quotient(p, q) + 0.5f);
   return x < -limit ? vec<float>{} : result;
 }
+
+inline vec<float> gelu(vec<float> x) { return gelu(x, kNormal); }
 
 inline vec<double> gelu(vec<double> x) {
   for (int lane = 0; lane < Vector<double>::lanes; ++lane)
@@ -530,23 +549,6 @@ template <typename T>
 inline vec<T> where_set(vec<T> v, const T* mask) {
   using bits = typename Vector<T>::bits;
   return (vec<T>)((bits)v & (bits)load(mask));
-}
-
-// GELU for what is rounded to bfloat16 next: the same form, fitted on [-4.6, 4.6] to 3e-6. Further left it is
-// 0, which is right to 1e-5.
-inline vec<float> rough_gelu(vec<float> x) {
-  constexpr float limit = 4.6f;
-  vec<float> z = x > limit ? vec<float>{} + limit : x;
-  z = z < -limit ? vec<float>{} - limit : z;
-  const vec<float> u = z * z;
-  vec<float> p = u * 3.2756193244e-05f + 3.8170435711e-03f;
-  p = p * u + 2.7672715297e-02f;
-  p = p * u + 3.9892538544e-01f;
-  vec<float> q = u * 1.1542078104e-03f + 2.3914156919e-02f;
-  q = q * u + 2.3596743347e-01f;
-  q = q * u + 1.0f;
-  const vec<float> result = x * (z * quotient(p, q) + 0.5f);
-  return x < -limit ? vec<float>{} : result;
 }
 
 // One channel's convolution, see vector_kernels.h; calls `emit` with each vector of tokens. Loads are cheaper
@@ -699,10 +701,10 @@ void convolve_gelu_pairs(const float* x, int64_t stride, int64_t width, const fl
                          uint32_t* out, int64_t out_stride) {
   for (int64_t c = 0; c < channels; c += 2, out += out_stride) {
     convolve(x + c * stride, width, left, right, weight + c * 9, bias[c], tokens,
-             [&](int64_t i, vec<float> sum) { store_words(out + i, (words)rough_gelu(sum)); });
+             [&](int64_t i, vec<float> sum) { store_words(out + i, (words)gelu(sum, kRoughNormal)); });
     convolve(x + (c + 1) * stride, width, left, right, weight + (c + 1) * 9, bias[c + 1], tokens,
              [&](int64_t i, vec<float> sum) {
-               store_words(out + i, paired((vec<float>)load_words(out + i), rough_gelu(sum)));
+               store_words(out + i, paired((vec<float>)load_words(out + i), gelu(sum, kRoughNormal)));
              });
   }
 }
