@@ -8,6 +8,7 @@ from mmengine.device import get_device
 
 from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.files import find_images
+from lf_dense.tiling import at_own_scale, predict_tiled, tile_options, what_predicts
 from lf_dense.training.cli import add_backbone_options, add_config_options, parse_point, read_config
 from lf_dense.training.explaining import explained
 from lf_dense.training.prediction import Predictor, predict_images
@@ -35,6 +36,23 @@ def main() -> None:
         metavar="X,Y",
         help="also draw what the backbone attends to at this pixel, into DIR/attention (may be repeated)",
     )
+    parser.add_argument(
+        "--tile", type=int, metavar="SIZE", help="predict in tiles of at most SIZE x SIZE pixels of the image"
+    )
+    parser.add_argument(
+        "--overlap",
+        type=int,
+        metavar="PX",
+        help="pixels that neighbouring tiles share (default: a quarter of the tile)",
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="with --tile: scale the image by this (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="with --tile: predict each image as a whole too, and say how far the two agree",
+    )
     parser.add_argument("--device", default=get_device(), help="torch device (default here: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show the messages of the frameworks too")
     add_backbone_options(parser)
@@ -48,9 +66,19 @@ def main() -> None:
         video = Video(args.source) if is_video(args.source) else None
         if video is None:
             find_images(args.source)
+        config = read_config(args)
+        options = tile_options(args.tile, args.overlap, args.scale, args.whole)
+        if options and (video or points):
+            raise UsageError("--tile is for images, and does not go with --show-attention.")
+        if options:
+            at_own_scale(config, args.scale)
         with explained():
-            predictor = Predictor(read_config(args), args.checkpoint, args.device)
-        if video is not None:
+            predictor = Predictor(config, args.checkpoint, args.device)
+        if options:
+            about = what_predicts(config, args.checkpoint, args.scale)
+            report = predict_tiled(predictor, args.source, out, options, args.score_thr, about)
+            written = report.text(options)
+        elif video is not None:
             frames = predict_video(predictor, video, out, args.score_thr)
             written = f"predicted {frames} frames: {out / RECORDS}, drawn in {out / PICTURES}"
         elif points:

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..memory import is_out_of_memory
 from . import contenders
 from .accuracy import Yardstick, build_yardstick, relative_error
 from .cases import Case, Problem, build_problem
-from .memory import is_out_of_memory, peak_memory
+from .memory import peak_memory
 from .timing import GRAPH_BELOW_SECONDS, Sampler, no_call, take_turns, time_limit
 
 

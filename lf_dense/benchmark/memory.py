@@ -34,13 +34,3 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     changes = [int(event.nbytes()) for event in sorted(events, key=lambda event: event.start_ns())]
     return max(itertools.accumulate(changes, initial=0))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
-    text = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "can't allocate memory" in text
-        or "not enough memory" in text
-    )

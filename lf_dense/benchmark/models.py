@@ -18,11 +18,12 @@ import torch
 from .. import __version__
 from ..errors import UsageError
 from ..files import write_atomically
+from ..memory import available_gib
 from . import candidates, model_report
 from .candidates import PRESETS, Settings
 from .options import find_device, image_size, positive_float, positive_int, require_mmengine
 from .report import describe_machine, write_json
-from .rounds import Group, Limits, Run, available_gib, check_same, key_of
+from .rounds import Group, Limits, Run, check_same, key_of
 
 DIRECTIONS, DTYPES = ("forward", "training"), ("float32", "bfloat16", "float16")
 MODES, MEMORY = ("eager", "compile"), ("kept", "as-it-comes")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ..errors import UsageError
 from ..files import read_json_lines, write_atomically
+from ..memory import available_gib
 from .candidates import Settings, label_of
 from .report import Record
 from .worker import Failure, First, Sample, Worker
@@ -74,15 +75,6 @@ def key_of(row: Record) -> str:
 def read_rows(path: Path) -> dict[str, Record]:
     """The rows of a file of JSON lines, by ``key_of``; none where there is no file yet."""
     return {key_of(row): row for row in read_json_lines(path)} if path.exists() else {}
-
-
-def available_gib() -> float:
-    """Memory that processes may still take."""
-    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) / 2**20
-    return pages * size / 2**30
 
 
 class Run:

@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..allocator import give_back, keep_memory
 from ..backends import native
 from ..errors import one_line
+from ..memory import MemoryMeter, is_out_of_memory
 from . import candidates
 from .candidates import Settings
-from .memory import is_out_of_memory
 
 START_SECONDS = 600
 # A turn is one pass, or as many as fit into so long; their median counts.
@@ -138,10 +138,11 @@ class _Server:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         native.library_obstacle(device.type)  # loads the operators, and with them how torch counts their work
         self.connection, self.device, self.settings = connection, device, settings
+        self.meter = MemoryMeter(device)
         self.model, self.make = candidates.build(name, settings, device)
         self.call: Any = None
         self.rested = False
-        self.loaded = self.current_bytes()
+        self.loaded = self.meter.current()
 
     def run(self) -> None:
         self.connection.send(sum(weight.numel() for weight in self.model.parameters()))
@@ -153,7 +154,7 @@ class _Server:
         self.call = None
         give_back()
         self.call = self.make(batch, size)
-        self.reset_peak()
+        self.meter.reset()
         counts = self.settings.direction == "forward" and not self.settings.compiled
         counter = FlopCounterMode(display=False)
         with counter if counts else contextlib.nullcontext():
@@ -161,7 +162,7 @@ class _Server:
         self.synchronize()
         # Torch counts a multiply-add as two.
         macs = counter.get_total_flops() // 2 if counts else None
-        return First(self.peak_bytes() - self.loaded, macs)
+        return First(self.meter.peak() - self.loaded, macs)
 
     def turn(self) -> Sample:
         if self.rested:
@@ -189,26 +190,3 @@ class _Server:
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def current_bytes(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return _status("VmRSS")
-
-    def reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak_bytes(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise Failure(f"this system does not say {key}")

@@ -188,19 +188,21 @@ class Predictor:
     ) -> Iterator[dict[str, Any]]:
         kept = instances[instances.scores >= score_thr]
         for index in range(len(kept)):
-            found = {
-                "class": classes[int(kept.labels[index])],
-                "score": float(kept.scores[index]),
-                # Scaling back to the image leaves errors of float32 in a coordinate: 426.00003 at the border
-                # of 426.
-                "bbox": [round(x, 2) for x in kept.bboxes[index].tolist()],
-            }
+            mask = None
             if "masks" in kept:
                 from pycocotools import mask as coco_mask
 
                 encoded = coco_mask.encode(np.asfortranarray(kept.masks[index].numpy().astype(np.uint8)))
-                found["mask"] = {"size": encoded["size"], "counts": encoded["counts"].decode()}
-            yield found
+                mask = {"size": encoded["size"], "counts": encoded["counts"].decode()}
+            name = classes[int(kept.labels[index])]
+            yield detection_record(name, float(kept.scores[index]), kept.bboxes[index].tolist(), mask)
+
+
+def detection_record(name: str, score: float, box: list[float], mask: dict | None) -> dict[str, Any]:
+    """One detection as ``predictions.json`` has it."""
+    # Scaling back to the image leaves errors of float32 in a coordinate: 426.00003 at the border of 426.
+    found = {"class": name, "score": score, "bbox": [round(x, 2) for x in box]}
+    return found if mask is None else {**found, "mask": mask}
 
 
 def predict_images(

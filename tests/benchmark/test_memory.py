@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lf_dense.benchmark.memory import is_out_of_memory, peak_memory
+from lf_dense.benchmark.memory import peak_memory
+from lf_dense.memory import is_out_of_memory
 
 MIB = 2**20
 

@@ -19,7 +19,7 @@ LONGEST_TOOL = 120
 SCRIPTS = ("setup_env.py", "build_mmcv.py", "gpu_check.py", "sanitize.py", "demo.py")
 # Imports run downwards: a module takes from its own floor and from those before it.
 FLOORS = (
-    ("allocator", "errors", "files", "presets"),
+    ("allocator", "errors", "files", "memory", "presets"),
     ("backends",),
     ("fusing",),
     ("functional",),
@@ -30,6 +30,7 @@ FLOORS = (
     ("weights",),
     ("swap",),
     ("training",),
+    ("tiling",),
     ("export",),
     ("benchmark", "ablation", "explain"),
     ("distillation", "info", "__main__"),
@@ -41,6 +42,7 @@ TORCH_ALONE = (
     "files",
     "fusing",
     "allocator",
+    "memory",
     "presets",
     "backends",
     "functional",

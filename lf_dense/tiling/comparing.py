@@ -1,0 +1,102 @@
+"""Whether tiles and the whole image say the same."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..allocator import give_back
+from ..memory import MemoryMeter, available_gib, is_out_of_memory, limited
+from ..training.prediction import Predictor
+from .finding import detections_of
+from .joining import SAME, Detections, ious
+
+
+@dataclass
+class Agreement:
+    """A whole image beside its tiles.
+
+    Attributes:
+        seconds, peak_bytes: what the whole image took; None where it did not fit.
+        of_whole: share of the whole image's boxes that the tiles have too (same class, IoU 0.5); None for a
+            segmentor, or without a box.
+        of_tiles: share of the tiles' boxes that the whole image has too.
+        pixels: share of the pixels with the same class; None for a detector.
+        counts: boxes of the whole image and of the tiles.
+    """
+
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    of_whole: float | None = None
+    of_tiles: float | None = None
+    pixels: float | None = None
+    counts: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        if self.seconds is None:
+            return "does not fit into this machine's memory"
+        took = f"{self.seconds:.1f} s, peak memory {(self.peak_bytes or 0) / 2**30:.2f} GiB"
+        if self.pixels is not None:
+            return f"{took}; {self.pixels:.2%} of the pixels are equal"
+        if self.counts is None:
+            return took
+        of_whole, of_tiles = (
+            "none" if share is None else f"{share:.1%}" for share in (self.of_whole, self.of_tiles)
+        )
+        return (
+            f"{took}; {of_whole} of its {self.counts[0]} boxes are in the tiles', and {of_tiles} of the "
+            f"tiles' {self.counts[1]} in its"
+        )
+
+
+def compare_with_whole(
+    predictor: Predictor, pixels: np.ndarray, found: Detections | np.ndarray, score_thr: float
+) -> Agreement:
+    """Predict an image ``(H, W, 3)`` uint8 BGR at once, and compare with what the tiles found.
+
+    Args:
+        predictor: what predicted the tiles.
+        pixels: the image.
+        found: the tiles' detections, or their label map ``(H, W)``.
+        score_thr: detections below it do not count.
+    """
+    device = next(predictor.model.parameters()).device
+    give_back()
+    meter = MemoryMeter(device)
+    meter.reset()
+    started = time.perf_counter()
+    try:
+        with limited(available_gib() if device.type == "cpu" else np.inf):
+            sample = predictor.predict(pixels)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Agreement()
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    agreement = Agreement(time.perf_counter() - started, meter.peak())
+    if isinstance(found, np.ndarray):
+        labels = sample.pred_sem_seg.data.numpy()[0]
+        agreement.pixels = float(np.mean([np.mean(a == b) for a, b in zip(labels, found)]))
+        return agreement
+    whole = detections_of(sample, score_thr)
+    pairs = _matched(whole, found)
+    agreement.counts = len(whole), len(found)
+    agreement.of_whole = pairs / len(whole) if len(whole) else None
+    agreement.of_tiles = pairs / len(found) if len(found) else None
+    return agreement
+
+
+def _matched(whole: Detections, tiles: Detections) -> int:
+    """How many boxes of two lists pair off, the best pairs first."""
+    overlap = ious(whole.boxes, tiles.boxes) * (whole.labels[:, None] == tiles.labels[None])
+    pairs = 0
+    while overlap.size and overlap.max() >= SAME:
+        a, b = np.unravel_index(overlap.argmax(), overlap.shape)
+        overlap[a], overlap[:, b] = 0, 0
+        pairs += 1
+    return pairs

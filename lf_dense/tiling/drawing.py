@@ -1,0 +1,80 @@
+"""Pictures of large predictions, small enough to look at, and label maps as files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import torch
+
+from ..training.prediction import Predictor
+from .joining import Detections
+
+if TYPE_CHECKING:
+    from mmengine.structures import BaseDataElement
+
+# The longer side of a picture, in pixels.
+LONGEST = 2048
+
+
+def _shrunk(pixels: np.ndarray) -> tuple[np.ndarray, float]:
+    """An image as a picture ``(h, w, 3)`` RGB, and how many times smaller it is."""
+    step = max(1.0, max(pixels.shape[:2]) / LONGEST)
+    if step > 1:
+        height, width = (max(1, round(side / step)) for side in pixels.shape[:2])
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(pixels[..., ::-1]), step
+
+
+def draw_detections(predictor: Predictor, name: str, pixels: np.ndarray, found: Detections) -> np.ndarray:
+    """Draw detections over an image ``(H, W, 3)`` uint8 BGR: a picture of at most ``LONGEST`` pixels, RGB."""
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    picture, step = _shrunk(pixels)
+    instances = InstanceData(
+        bboxes=torch.from_numpy(found.boxes / step).float(),
+        scores=torch.from_numpy(found.scores).float(),
+        labels=torch.from_numpy(found.labels),
+    )
+    if found.masks is not None:
+        small = [mask.shrunk(step, picture.shape[:2]) for mask in found.masks]
+        instances.masks = torch.from_numpy(np.stack(small) if small else np.zeros((0, *picture.shape[:2])))
+    sample: BaseDataElement = DetDataSample(metainfo={"ori_shape": picture.shape[:2]})
+    sample.pred_instances = instances
+    return predictor.picture(name, picture, sample, 0.0)
+
+
+def draw_labels(predictor: Predictor, name: str, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Draw a label map ``(H, W)`` over an image ``(H, W, 3)`` uint8 BGR, as ``draw_detections`` does."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    picture, step = _shrunk(pixels)
+    rows, columns = (((np.arange(side) + 0.5) * step).astype(int) for side in picture.shape[:2])
+    small = labels[rows][:, columns].astype(np.int64)
+    sample: BaseDataElement = SegDataSample(metainfo={"ori_shape": picture.shape[:2]})
+    sample.pred_sem_seg = PixelData(data=torch.from_numpy(small)[None])
+    return predictor.picture(name, picture, sample, 0.0)
+
+
+def save_labels(path: Path, labels: np.ndarray) -> None:
+    """Write a label map as a PNG without a copy of it in memory; a reader finds it whole or not at all."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            Image.fromarray(labels).save(stream, "png")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,132 @@
+"""What a run has done so far, so that the same command goes on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UsageError
+from ..files import read_json_lines, write_atomically
+from .joining import Detections
+from .masks import PlacedMask
+
+FOLDER = "tiles"
+_SETTINGS, _STAMP = "settings.json", "image.json"
+_DETECTIONS, _RECORD = "detections.jsonl", "record.json"
+
+
+def reserve(path: Path, size: int) -> None:
+    """Give a file its size and its place on the disk: a mapped file that finds none later kills the process.
+
+    Raises:
+        OSError: there is no place.
+    """
+    if path.exists() and path.stat().st_size == size:
+        return
+    with path.open("wb") as stream:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, size)
+        else:
+            stream.truncate(size)
+
+
+class RunJournal:
+    """The unfinished work of a whole run, below ``out/tiles``.
+
+    Args:
+        out: the run's folder.
+        settings: what the results depend on, as plain JSON values.
+
+    Raises:
+        UsageError: the folder has unfinished work with other settings.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        self.folder = out / FOLDER
+        path = self.folder / _SETTINGS
+        settings = json.loads(json.dumps(settings))
+        if path.exists():
+            before = json.loads(path.read_bytes())
+            other = [key for key in settings if before.get(key) != settings[key]]
+            if other:
+                raise UsageError(
+                    f"{self.folder} has unfinished work with another {other[0]} ({before.get(other[0])}, now "
+                    f"{settings[other[0]]}): go on with the same, or remove the folder."
+                )
+        else:
+            write_atomically(path, json.dumps(settings, indent=1).encode())
+
+    def image(self, name: Path, path: Path) -> ImageJournal:
+        """The part of one image, by its name in the results and its file."""
+        return ImageJournal(self.folder / "images" / name, path)
+
+    def clear(self) -> None:
+        """Remove everything, when the results are written."""
+        shutil.rmtree(self.folder)
+
+
+class ImageJournal:
+    """The unfinished work on one image, a folder. What was done for another version of its file goes."""
+
+    def __init__(self, folder: Path, image: Path) -> None:
+        self.folder = folder
+        stamp = json.dumps([image.stat().st_size, image.stat().st_mtime_ns]).encode()
+        path = folder / _STAMP
+        if path.exists() and path.read_bytes() != stamp:
+            shutil.rmtree(folder)
+        write_atomically(path, stamp)
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What is to stand in ``predictions.json``, if the image is finished."""
+        path = self.folder / _RECORD
+        return json.loads(path.read_bytes()) if path.exists() else None
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Store an image's record, and remove all else."""
+        write_atomically(self.folder / _RECORD, json.dumps(record).encode())
+        for path in self.folder.iterdir():
+            if path.name not in (_RECORD, _STAMP):
+                path.unlink()
+
+    def detections(self) -> list[Detections]:
+        """What an earlier run found, a list for each tile from the first on."""
+        path = self.folder / _DETECTIONS
+        if not path.exists():
+            return []
+        lines = read_json_lines(path)
+        # What an interruption cut off is removed, so that the next line begins a line.
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        return [_from_json(line) for line in lines]
+
+    def add(self, detections: Detections) -> None:
+        """Store what was found in the next tile."""
+        with (self.folder / _DETECTIONS).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(_as_json(detections)) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _as_json(detections: Detections) -> dict[str, Any]:
+    masks = detections.masks
+    return {
+        "boxes": detections.boxes.tolist(),
+        "scores": detections.scores.tolist(),
+        "labels": detections.labels.tolist(),
+        "masks": None if masks is None else [mask.as_json() for mask in masks],
+    }
+
+
+def _from_json(line: dict[str, Any]) -> Detections:
+    masks = line["masks"]
+    return Detections(
+        np.array(line["boxes"], float).reshape(-1, 4),
+        np.array(line["scores"], float),
+        np.array(line["labels"], np.int64),
+        None if masks is None else [PlacedMask.from_json(mask) for mask in masks],
+    )

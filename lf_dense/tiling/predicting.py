@@ -1,0 +1,323 @@
+"""Predictions tile by tile: memory holds the image and one tile, whatever the image's size."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ..errors import UsageError, reason_of
+from ..files import find_images, picture_names, write_atomically
+from ..memory import MemoryMeter
+from ..training.prediction import Predictor, detection_record
+from ..training.quietness import end_bar, progress_bar
+from .comparing import Agreement, compare_with_whole
+from .cutting import Tile, Tiling, check_tile
+from .drawing import draw_detections, draw_labels, save_labels
+from .finding import detections_of
+from .joining import Detections, Joined, join
+from .journal import FOLDER, ImageJournal, RunJournal
+from .labelling import LabelMap, finished_rows
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+    from mmengine.structures import BaseDataElement
+
+
+class TileOptions(NamedTuple):
+    """How an image is cut.
+
+    Attributes:
+        size: the most pixels of a tile's side, in the image.
+        overlap: the least pixels that neighbours share.
+        whole: also predict each image as a whole, and compare.
+    """
+
+    size: int
+    overlap: int
+    whole: bool = False
+
+
+def what_predicts(config: Config, checkpoint: str, scale: float) -> dict[str, Any]:
+    """What results depend on beside the tiles, for ``predict_tiled``'s ``about``."""
+    digest = hashlib.sha256(config.pretty_text.encode()).hexdigest()[:12]
+    path = Path(checkpoint)
+    stamp = f", {path.stat().st_size} bytes of {path.stat().st_mtime:.0f}" if path.is_file() else ""
+    return {"config": digest, "checkpoint": f"{checkpoint}{stamp}", "scale": scale}
+
+
+def tile_options(
+    size: int | None, overlap: int | None, scale: float = 1.0, whole: bool = False
+) -> TileOptions | None:
+    """What a command line asks for; None where no tiles are.
+
+    Raises:
+        UsageError: an option needs tiles, or size and overlap do not fit.
+    """
+    if size is None:
+        given = {"--overlap": overlap is not None, "--scale": scale != 1, "--whole": whole}
+        for option in (name for name, there in given.items() if there):
+            raise UsageError(f"{option} is for predictions in tiles: give --tile SIZE too.")
+        return None
+    options = TileOptions(size, size // 4 if overlap is None else overlap, whole)
+    check_tile(options.size, options.overlap)
+    return options
+
+
+@dataclass
+class ImageReport:
+    """What the work on one image took.
+
+    Attributes:
+        name: the image's path relative to the source.
+        height, width: of the image, in pixels.
+        tiles: how many there were.
+        seconds: for the tiles and putting them together; of the last run alone, if there were several.
+        peak_bytes: the most memory that the process held; None where the system does not say.
+        larger: objects that reach across a whole tile.
+        whole: how the whole image compares, where that was asked for.
+    """
+
+    name: str
+    height: int
+    width: int
+    tiles: int
+    seconds: float
+    peak_bytes: int | None
+    larger: int
+    whole: Agreement | None
+
+    def lines(self, size: int) -> list[str]:
+        """The report in words."""
+        peak = "" if self.peak_bytes is None else f", peak memory {self.peak_bytes / 2**30:.2f} GiB"
+        said = [f"{self.name}: {self.width} x {self.height} pixels, {self.tiles} tiles, "]
+        said[0] += f"{self.seconds:.1f} s{peak}"
+        if self.larger:
+            said.append(
+                f"{self.name}: {self.larger} objects are larger than a tile of {size} pixels, and were put "
+                "together of parts: a larger --tile sees them whole."
+            )
+        if self.whole is not None:
+            said.append(f"{self.name}, whole: {self.whole}")
+        return said
+
+
+@dataclass
+class Report:
+    """The results of a run: ``predictions.json``, and what each image took."""
+
+    result: Path
+    images: list[ImageReport]
+
+    def text(self, options: TileOptions) -> str:
+        """The report in words, as the tool prints it."""
+        lines = [line for image in self.images for line in image.lines(options.size)]
+        return "\n".join([*lines, f"wrote {self.result} and the pictures beside it"])
+
+
+class _Meter:
+    """``MemoryMeter`` where the system says, and None where it does not."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.meter = MemoryMeter(next(predictor.model.parameters()).device)
+
+    def reset(self) -> None:
+        with contextlib.suppress(OSError):
+            self.meter.reset()
+
+    def peak(self) -> int | None:
+        with contextlib.suppress(OSError):
+            return self.meter.peak()
+        return None
+
+
+def predict_tiled(
+    predictor: Predictor,
+    source: str | Path,
+    out: str | Path,
+    options: TileOptions,
+    score_thr: float = 0.3,
+    about: dict[str, Any] | None = None,
+) -> Report:
+    """Predict an image or a folder in tiles.
+
+    Results are those of ``predict_images``: pictures (at most 2,048 pixels long) in ``out/pictures``, label
+    maps in ``out/labels``, everything in ``out/predictions.json``. Unfinished work is in ``out/tiles``, and
+    the same call goes on with it.
+
+    Args:
+        predictor: a detector or segmentor, of a config that ``at_own_scale`` has changed.
+        source: image file or folder.
+        out: folder for the results.
+        options: size and overlap of the tiles.
+        score_thr: detections below it are left out.
+        about: what else the results depend on (config, checkpoint), as plain JSON values: unfinished work of
+            another is refused.
+
+    Raises:
+        UsageError: size and overlap do not fit, no image, some that cannot be read, unfinished work with
+            other settings, or a disk that is full; what is finished stays.
+    """
+    check_tile(options.size, options.overlap)
+    out = Path(out)
+    images = [image for image in find_images(source) if out.resolve() not in image.resolve().parents]
+    root = Path(source) if Path(source).is_dir() else Path(source).parent
+    settings = {"source": str(Path(source).resolve()), "tile": options.size, "overlap": options.overlap}
+    with _explained(out):
+        journal = RunJournal(out, {**settings, "score_thr": score_thr, **(about or {})})
+        pictures = picture_names(image.relative_to(root) for image in images)
+        reports, records, unreadable = [], {}, []
+        for image in images:
+            name = image.relative_to(root)
+            work = _ImageWork(predictor, image, name, pictures[name], out, options, score_thr, journal)
+            done = work.run()
+            if done is None:
+                unreadable.append(str(image))
+                continue
+            records[name.as_posix()] = done["prediction"]
+            whole = done["report"].pop("whole")
+            reports.append(ImageReport(**done["report"], whole=whole and Agreement(**whole)))
+        result = out / "predictions.json"
+        content = {"classes": list(predictor.meta["classes"]), "images": records}
+        write_atomically(result, json.dumps(content, indent=1).encode())
+        journal.clear()
+    if unreadable:
+        raise UsageError(
+            f"{len(unreadable)} of {len(images)} files could not be read as images: "
+            f"{', '.join(unreadable[:5])}."
+        )
+    return Report(result, reports)
+
+
+@contextlib.contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Say what a full disk means."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UsageError(
+            f"the disk is full ({reason_of(error)}): finished tiles are in {out / FOLDER}, so make room and "
+            "give the same command again."
+        ) from error
+
+
+class _ImageWork:
+    """One image: tiles, then what they make together."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        image: Path,
+        name: Path,
+        picture: Path,
+        out: Path,
+        options: TileOptions,
+        score_thr: float,
+        journal: RunJournal,
+    ) -> None:
+        self.predictor, self.image, self.name, self.options = predictor, image, name, options
+        self.picture, self.labels = out / "pictures" / picture, out / "labels" / picture
+        self.score_thr = score_thr
+        self.journal: ImageJournal = journal.image(name, image)
+
+    def run(self) -> dict[str, Any] | None:
+        """The image's record: its prediction and its report. None where the file is no image."""
+        import mmcv
+
+        if (record := self.journal.record) is not None:
+            return record
+        pixels = mmcv.imread(str(self.image))
+        if pixels is None:
+            return None
+        height, width = pixels.shape[:2]
+        tiling = Tiling.of(height, width, self.options.size, self.options.overlap)
+        meter, started, larger = _Meter(self.predictor), time.perf_counter(), 0
+        meter.reset()
+        prediction: dict[str, Any] = {"height": height, "width": width}
+        found: Detections | np.ndarray
+        if self.predictor.scope == "mmdet":
+            joined = self._detect(pixels, tiling)
+            found, larger = joined.detections, joined.larger
+            prediction["predictions"] = [self._entry(found, index, pixels) for index in range(len(found))]
+        else:
+            found = self._segment(pixels, tiling)
+            prediction["classes"] = _shares(found, self.predictor.meta["classes"])
+        seconds, peak = time.perf_counter() - started, meter.peak()
+        write_atomically(self.picture, self._drawn(pixels, found))
+        if isinstance(found, np.ndarray):
+            save_labels(self.labels, found)
+        whole = None
+        if self.options.whole:
+            whole = compare_with_whole(self.predictor, pixels, found, self.score_thr)
+        report = ImageReport(self.name.as_posix(), height, width, len(tiling), seconds, peak, larger, whole)
+        record = {"prediction": prediction, "report": asdict(report)}
+        self.journal.finish(record)
+        return record
+
+    def _predicted(self, pixels: np.ndarray, tiles: list[Tile]) -> Iterator[tuple[Tile, BaseDataElement]]:
+        """Each tile with its prediction, and a bar."""
+        bar = progress_bar(len(tiles)) if len(tiles) > 1 else None
+        try:
+            for tile in tiles:
+                part = pixels[tile.rows.start : tile.rows.end, tile.columns.start : tile.columns.end]
+                yield tile, self.predictor.predict(part)
+                if bar:
+                    bar.update()
+        finally:
+            end_bar(bar)
+
+    def _detect(self, pixels: np.ndarray, tiling: Tiling) -> Joined:
+        tiles = list(tiling)
+        found = self.journal.detections()
+        for tile, sample in self._predicted(pixels, tiles[len(found) :]):
+            found.append(detections_of(sample, self.score_thr, tile))
+            self.journal.add(found[-1])
+        return join(list(zip(tiles, found)), tiling.shape)
+
+    def _segment(self, pixels: np.ndarray, tiling: Tiling) -> np.ndarray:
+        """The label map ``(H, W)``, in a mapped file."""
+        first = finished_rows(self.journal.folder) * len(tiling.columns)
+        head = self.predictor.model.decode_head
+        classes = int(getattr(head, "out_channels", None) or head.num_classes)
+        threshold = getattr(head, "threshold", None) or 0.5
+        blended = LabelMap(self.journal.folder, tiling, classes, threshold)
+        for tile, sample in self._predicted(pixels, list(tiling)[first:]):
+            blended.add(tile, sample.seg_logits.data.float().numpy())
+        return blended.labels
+
+    def _entry(self, found: Detections, index: int, pixels: np.ndarray) -> dict[str, Any]:
+        """A detection as ``Predictor.record`` has it."""
+        name = self.predictor.meta["classes"][int(found.labels[index])]
+        mask = None if found.masks is None else found.masks[index].in_image(*pixels.shape[:2])
+        return detection_record(name, float(found.scores[index]), found.boxes[index].tolist(), mask)
+
+    def _drawn(self, pixels: np.ndarray, found: Detections | np.ndarray) -> bytes:
+        from PIL import Image
+
+        subject = self.predictor, self.image.name, pixels
+        if isinstance(found, np.ndarray):
+            picture = draw_labels(*subject, found)
+        else:
+            picture = draw_detections(*subject, found)
+        stream = io.BytesIO()
+        Image.fromarray(picture).save(stream, "png")
+        return stream.getvalue()
+
+
+def _shares(labels: np.ndarray, classes: list[str]) -> dict[str, float]:
+    """Each class's share of the pixels, counted in bands of rows."""
+    counts = np.zeros(np.iinfo(labels.dtype).max + 1, np.int64)
+    for first in range(0, len(labels), 1024):
+        counts += np.bincount(labels[first : first + 1024].ravel(), minlength=len(counts))
+    return {classes[label]: counts[label] / labels.size for label in np.flatnonzero(counts)}

@@ -1,0 +1,337 @@
+"""Whole runs in tiles: results, going on after an interruption, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+from mmengine.config import Config
+
+from lf_dense.errors import UsageError
+from lf_dense.frameworks import load_config
+from lf_dense.tiling import TileOptions, at_own_scale, predict_tiled
+from lf_dense.tiling.comparing import Agreement
+from lf_dense.tiling.cutting import Tiling
+from lf_dense.tiling.journal import FOLDER
+from support.driving import call, command, kill_after, refusal, refused
+
+DEMO = "configs/retinanet_lf_demo.py"
+CAMVID = "configs/segmentation/fpn_lf-tiny_4k_camvid-360x360.py"
+OPTIONS = TileOptions(128, 64)
+
+
+@pytest.fixture
+def image(tmp_path, make_scene):
+    pixels, objects = make_scene(300, 400, seed=3, sizes=(4, 50), count=60)
+    path = tmp_path / "in" / "deep" / "scene.png"
+    path.parent.mkdir(parents=True)
+    cv2.imwrite(str(path), pixels)
+    return path, pixels, objects
+
+
+def test_a_detector_s_results(oracle, image, tmp_path):
+    _, _, objects = image
+    report = predict_tiled(oracle("mmdet"), tmp_path / "in", tmp_path / "out", OPTIONS)
+    stored = json.loads(report.result.read_text())
+    (record,) = stored["images"].values()
+    assert list(stored["images"]) == ["deep/scene.png"]
+    assert (record["height"], record["width"]) == (300, 400)
+    names = ["red", "green", "blue"]
+    found = sorted((names.index(p["class"]), *map(int, p["bbox"])) for p in record["predictions"])
+    assert found == objects
+    assert all(p["score"] == pytest.approx(0.9) for p in record["predictions"])
+    assert Image.open(tmp_path / "out" / "pictures" / "deep" / "scene.png").size == (400, 300)
+    assert not (tmp_path / "out" / FOLDER).exists()
+    (done,) = report.images
+    assert (done.height, done.width, done.larger) == (300, 400, 0)
+    assert done.tiles > 4
+    assert done.peak_bytes > 2**20
+
+
+def test_masks_and_pictures_of_large_images(oracle, make_scene, tmp_path):
+    from pycocotools import mask as coco_mask
+
+    pixels, objects = make_scene(1200, 2600, seed=1, sizes=(50, 200), count=40)
+    cv2.imwrite(str(tmp_path / "large.png"), pixels)
+    predictor = oracle("mmdet", masks=True)
+    report = predict_tiled(predictor, tmp_path / "large.png", tmp_path / "out", TileOptions(512, 256))
+    (record,) = json.loads(report.result.read_text())["images"].values()
+    whole = sum(coco_mask.decode(p["mask"]) for p in record["predictions"])
+    assert np.array_equal(whole > 0, pixels.max(2) > 0)
+    assert len(record["predictions"]) == len(objects)
+    assert Image.open(tmp_path / "out" / "pictures" / "large.png").size == (2048, 945)
+    shown = predictor.shown.pred_instances
+    drawn = shown.masks.any(0).numpy()
+    small = cv2.resize(pixels.max(2), (2048, 945), interpolation=cv2.INTER_NEAREST) > 0
+    assert (drawn == small).mean() > 0.99
+    assert shown.bboxes[:, 2].max() <= 2048
+
+
+def test_a_segmentor_s_results(oracle, image, tmp_path):
+    path, pixels, _ = image
+    report = predict_tiled(oracle("mmseg"), path, tmp_path / "out", OPTIONS._replace(whole=True))
+    labels = np.array(Image.open(tmp_path / "out" / "labels" / "scene.png"))
+    assert labels.dtype == np.uint8
+    assert np.array_equal(labels, pixels[..., ::-1].argmax(2))
+    (record,) = json.loads(report.result.read_text())["images"].values()
+    assert sum(record["classes"].values()) == pytest.approx(1)
+    assert record["classes"]["green"] == pytest.approx((labels == 1).mean())
+    assert report.images[0].whole.pixels == 1
+    assert "100.00% of the pixels are equal" in report.text(OPTIONS)
+
+
+def test_the_whole_image_beside_the_tiles(oracle, image, tmp_path):
+    path, _, objects = image
+    report = predict_tiled(oracle("mmdet"), path, tmp_path / "out", OPTIONS._replace(whole=True))
+    whole = report.images[0].whole
+    assert (whole.of_whole, whole.of_tiles, whole.counts) == (1, 1, (len(objects),) * 2)
+    assert whole.peak_bytes > 2**20
+    assert "100.0% of its" in str(whole)
+
+
+def test_a_whole_image_that_does_not_fit_says_so(oracle, image, tmp_path):
+    class Large(oracle):
+        def predict(self, pixels):
+            if pixels.shape[0] == 300:
+                torch.empty(2**50)
+            return super().predict(pixels)
+
+    report = predict_tiled(Large("mmdet"), image[0], tmp_path / "out", OPTIONS._replace(whole=True))
+    assert report.images[0].whole == Agreement()
+    assert "does not fit into this machine's memory" in report.text(OPTIONS)
+
+
+def test_an_object_larger_than_a_tile_is_said(oracle, tmp_path):
+    pixels = np.zeros((300, 500, 3), np.uint8)
+    pixels[100:140, 20:480, 2] = 255
+    cv2.imwrite(str(tmp_path / "long.png"), pixels)
+    report = predict_tiled(oracle("mmdet"), tmp_path / "long.png", tmp_path / "out", OPTIONS)
+    (record,) = json.loads(report.result.read_text())["images"].values()
+    assert [p["bbox"] for p in record["predictions"]] == [[20, 100, 480, 140]]
+    assert "1 objects are larger than a tile of 128 pixels" in report.text(OPTIONS)
+
+
+@pytest.mark.parametrize("scope", ["mmdet", "mmseg"])
+@pytest.mark.parametrize("fails_at", [0, 3, 9])
+def test_an_interrupted_run_goes_on(oracle, make_scene, tmp_path, scope, fails_at):
+    for index in range(2):
+        cv2.imwrite(str(tmp_path / f"{index}.png"), make_scene(300, 400, seed=index, sizes=(4, 50))[0])
+    (tmp_path / "in").mkdir()
+    for index in range(2):
+        (tmp_path / f"{index}.png").rename(tmp_path / "in" / f"{index}.png")
+    whole = oracle(scope)
+    expected = predict_tiled(whole, tmp_path / "in", tmp_path / "whole", OPTIONS).result.read_text()
+    broken = oracle(scope, fails_at=fails_at)
+    with pytest.raises(KeyboardInterrupt):
+        predict_tiled(broken, tmp_path / "in", tmp_path / "out", OPTIONS)
+    resumed = oracle(scope)
+    report = predict_tiled(resumed, tmp_path / "in", tmp_path / "out", OPTIONS)
+    assert report.result.read_text() == expected
+    # A detector repeats no tile, a segmentor at most the row that it was in.
+    repeated = len(broken.seen) + len(resumed.seen) - len(whole.seen)
+    columns = len(Tiling.of(300, 400, *OPTIONS[:2]).columns)
+    assert 0 <= repeated <= (0 if scope == "mmdet" else columns)
+    if scope == "mmseg":
+        for index in range(2):
+            labels = [tmp_path / run / "labels" / f"{index}.png" for run in ("whole", "out")]
+            assert labels[0].read_bytes() == labels[1].read_bytes()
+
+
+def test_a_line_that_was_cut_off_is_begun_again(oracle, image, tmp_path):
+    expected = predict_tiled(oracle("mmdet"), image[0], tmp_path / "whole", OPTIONS).result.read_text()
+    with pytest.raises(KeyboardInterrupt):
+        predict_tiled(oracle("mmdet", fails_at=5), image[0], tmp_path / "out", OPTIONS)
+    (lines,) = (tmp_path / "out" / FOLDER).rglob("*.jsonl")
+    lines.write_bytes(lines.read_bytes()[:-20])
+    resumed = oracle("mmdet")
+    report = predict_tiled(resumed, image[0], tmp_path / "out", OPTIONS)
+    assert report.result.read_text() == expected
+
+
+def test_unfinished_work_of_another_command_is_refused(oracle, image, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        predict_tiled(oracle("mmdet", fails_at=2), image[0], tmp_path / "out", OPTIONS)
+    with pytest.raises(UsageError, match=r"unfinished work with another overlap \(64, now 32\)"):
+        predict_tiled(oracle("mmdet"), image[0], tmp_path / "out", TileOptions(128, 32))
+    with pytest.raises(UsageError, match="another scale"):
+        predict_tiled(oracle("mmdet"), image[0], tmp_path / "out", OPTIONS, about={"scale": 2})
+
+
+def test_an_image_that_changed_meanwhile_is_begun_again(oracle, image, make_scene, tmp_path):
+    path, _, _ = image
+    with pytest.raises(KeyboardInterrupt):
+        predict_tiled(oracle("mmdet", fails_at=4), path, tmp_path / "out", OPTIONS)
+    pixels, objects = make_scene(300, 400, seed=8, sizes=(4, 50), count=30)
+    cv2.imwrite(str(path), pixels)
+    report = predict_tiled(oracle("mmdet"), path, tmp_path / "out", OPTIONS)
+    (record,) = json.loads(report.result.read_text())["images"].values()
+    assert len(record["predictions"]) == len(objects)
+
+
+def no_space(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_loses_nothing(oracle, image, tmp_path, monkeypatch):
+    path, pixels, _ = image
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", no_space)
+        with pytest.raises(UsageError, match=r"the disk is full .* make room and give the same command"):
+            predict_tiled(oracle("mmseg"), path, tmp_path / "out", OPTIONS)
+    predictor = oracle("mmseg")
+    predict_tiled(predictor, path, tmp_path / "out", OPTIONS)
+    labels = np.array(Image.open(tmp_path / "out" / "labels" / "scene.png"))
+    assert np.array_equal(labels, pixels[..., ::-1].argmax(2))
+
+
+def test_a_disk_that_fills_up_on_the_way_loses_no_tile(oracle, image, tmp_path, monkeypatch):
+    synced = os.fsync
+    seen = []
+
+    def fill_up(descriptor):
+        seen.append(descriptor)
+        return no_space() if len(seen) == 6 else synced(descriptor)
+
+    first = oracle("mmdet")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fill_up)
+        with pytest.raises(UsageError, match="the disk is full"):
+            predict_tiled(first, image[0], tmp_path / "out", OPTIONS)
+    second = oracle("mmdet")
+    report = predict_tiled(second, image[0], tmp_path / "out", OPTIONS)
+    assert len(second.seen) < report.images[0].tiles
+    (record,) = json.loads(report.result.read_text())["images"].values()
+    assert len(record["predictions"]) == len(image[2])
+
+
+def test_files_that_are_no_images_are_named_when_the_others_are_done(oracle, image, tmp_path):
+    (tmp_path / "in" / "broken.png").write_text("no image")
+    with pytest.raises(UsageError, match=r"1 of 2 files could not be read as images: .*broken\.png"):
+        predict_tiled(oracle("mmdet"), tmp_path / "in", tmp_path / "out", OPTIONS)
+    assert list(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == [
+        "deep/scene.png"
+    ]
+
+
+def pipeline(config):
+    return config.test_dataloader.dataset.pipeline
+
+
+@pytest.mark.parametrize("path", [DEMO, CAMVID, "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"])
+def test_the_pipeline_scales_every_tile_alike(path):
+    config = load_config(path)
+    steps = len(pipeline(config))
+    at_own_scale(config, 1.5)
+    scaled = [step for step in pipeline(config) if step["type"] == "Resize"]
+    assert scaled == [{"type": "Resize", "scale_factor": 1.5, "keep_ratio": True}]
+    assert len(pipeline(config)) == steps
+
+
+def test_a_pipeline_without_resizing_gets_the_scale():
+    config = load_config(DEMO)
+    dataset = config.test_dataloader.dataset
+    dataset.pipeline = [step for step in dataset.pipeline if step["type"] != "Resize"]
+    at_own_scale(config)
+    assert [step["type"] for step in pipeline(config)][1] == "Resize"
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("mmdet::ssd/ssd300_coco.py", "resizes every image to 300 x 300 pixels"),
+        ("mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py", "PanopticFPN makes panoptic maps"),
+        ("mmpretrain::resnet/resnet50_8xb32_in1k.py", "a classifier looks at an image as a whole"),
+    ],
+)
+def test_models_that_take_no_tiles_are_refused(path, what):
+    pytest.importorskip(path.partition(":")[0])
+    with pytest.raises(UsageError, match=what):
+        at_own_scale(load_config(path))
+
+
+def test_factors_that_scale_nothing_are_refused():
+    for factor in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="--scale has to be above 0"):
+            at_own_scale(Config({"default_scope": "mmdet"}), factor)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random weights of the demo's detector and of the CamVid segmentor."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    out = tmp_path_factory.mktemp("weights")
+    for name, path in (("det", DEMO), ("seg", CAMVID)):
+        config = load_config(path)
+        init_default_scope(config.default_scope)
+        torch.manual_seed(0)
+        model = MODELS.build({**config.model, "data_preprocessor": config.model.data_preprocessor})
+        torch.save({"state_dict": model.state_dict()}, out / f"{name}.pth")
+    return out
+
+
+def test_options_that_make_no_sense_together_are_refused(weights, image, tmp_path, monkeypatch, capsys):
+    start = ["predict.py", DEMO, weights / "det.pth", image[0], "--out", tmp_path / "out"]
+
+    def sentence(*options):
+        return refused(monkeypatch, capsys, *start, *options)
+
+    assert "--overlap is for predictions in tiles: give --tile SIZE too" in sentence("--overlap", 32)
+    assert "--whole is for predictions in tiles" in sentence("--whole")
+    assert "an overlap of 600 pixels does not fit tiles of 512" in sentence("--tile", 512, "--overlap", 600)
+    assert "a tile of 20 pixels is too small" in sentence("--tile", 20)
+    assert "--scale has to be above 0" in sentence("--tile", 128, "--scale", 0)
+    assert "does not go with --show-attention" in sentence("--tile", 128, "--show-attention", "3,3")
+
+
+def test_a_real_photograph_in_tiles_is_nearly_the_whole_one(weights, shared_data, tmp_path):
+    photo = sorted((shared_data / "camvid" / "images" / "validation").glob("*.jpg"))[0]
+    options = ["--tile", 256, "--overlap", 96, "--whole", "--out", tmp_path / "seg"]
+    printed = call("predict.py", CAMVID, weights / "seg.pth", photo, *options)
+    assert "480 x 360 pixels, 6 tiles" in printed
+    assert "of the pixels are equal" in printed
+    labels = np.array(Image.open(next((tmp_path / "seg" / "labels").iterdir())))
+    assert labels.shape == (360, 480)
+    # One tile is the whole image: every pixel is equal.
+    options = ["--tile", 512, "--whole", "--out", tmp_path / "one"]
+    printed = call("predict.py", CAMVID, weights / "seg.pth", photo, *options)
+    assert "1 tiles" in printed
+    assert "100.00% of the pixels are equal" in printed
+
+
+def test_a_run_that_is_killed_goes_on(weights, shared_data, tmp_path):
+    photo = sorted((shared_data / "hires" / "photos").glob("*flower*"))[0]
+    start = ["predict.py", DEMO, weights / "det.pth", photo, "--tile", 512, "--overlap", 64]
+    start += [
+        "--cfg-options",
+        "model.test_cfg.score_thr=0.0",
+        "model.test_cfg.max_per_img=5",
+        "--score-thr",
+        0,
+    ]
+    work = tmp_path / "out" / FOLDER / "images" / photo.name
+    kill_after(command(*start, "--out", tmp_path / "out"), work / "detections.jsonl")
+    done = len((work / "detections.jsonl").read_text().splitlines())
+    assert done >= 1
+    call(*start, "--out", tmp_path / "out")
+    call(*start, "--out", tmp_path / "whole")
+    results = [tmp_path / name / "predictions.json" for name in ("out", "whole")]
+    assert results[0].read_bytes() == results[1].read_bytes()
+
+
+def test_unfinished_work_is_refused_by_the_tool(weights, shared_data, tmp_path):
+    photo = sorted((shared_data / "hires" / "photos").glob("*flower*"))[0]
+    start = ["predict.py", DEMO, weights / "det.pth", photo, "--out", tmp_path / "out"]
+    work = tmp_path / "out" / FOLDER / "images" / photo.name
+    kill_after(command(*start, "--tile", 512), work / "detections.jsonl")
+    line = refusal(*start, "--tile", 256)
+    assert "has unfinished work with another tile (512, now 256)" in line
