@@ -1,10 +1,10 @@
-"""Measure operators, models, the backbone or a training step; COMMAND --help lists a command's options."""
+"""Measure operators, models, the backbone, landmarks or a training step; COMMAND --help says more."""
 
 from __future__ import annotations
 
 import argparse
 
-from lf_dense.benchmark import backbone, models, operators, step
+from lf_dense.benchmark import backbone, landmarks, models, operators, step
 from lf_dense.errors import run_tool, tool_parser
 
 COMMANDS = {
@@ -14,6 +14,7 @@ COMMANDS = {
     ),
     "models": (models, "latency, memory and cost of backbones and models over resolutions; needs mmengine"),
     "backbone": (backbone, "time of a forward pass and of the operators in it; needs mmengine"),
+    "landmarks": (landmarks, "error and time of the attention over numbers of landmarks; needs a framework"),
     "step": (step, "time and losses of a detector's training step by each backend; needs mmdet"),
 }
 

@@ -24,18 +24,25 @@ def square_inputs(subject: Subject, folder: str | Path, size: int, limit: int) -
     Raises:
         UsageError: the folder has no image, one cannot be read, or the size is too small.
     """
-    import mmcv
-
     if size < MIN_SIZE:
         raise UsageError(f"the size {size} is too small: receptive fields need at least {MIN_SIZE} pixels.")
     if limit < 1:
         raise UsageError(f"receptive fields of {limit} images cannot be measured: give at least 1.")
-    inputs = []
-    for path in find_images(folder)[:limit]:
-        pixels = mmcv.imresize(read_pixels(path), (size, size))
-        image = torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1].transpose(2, 0, 1)))
-        inputs.append(preprocess(subject, {"inputs": image})[..., :size, :size])
-    return inputs
+    return [resized_input(subject, path, (size, size)) for path in find_images(folder)[:limit]]
+
+
+def resized_input(subject: Subject, path: str | Path, size: tuple[int, int]) -> Tensor:
+    """An image file resized to ``(height, width)``, whatever its shape: an input ``(1, 3, height, width)``.
+
+    Raises:
+        UsageError: it is not there, or is no image.
+    """
+    import mmcv
+
+    height, width = size
+    pixels = mmcv.imresize(read_pixels(path), (width, height))
+    image = torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1].transpose(2, 0, 1)))
+    return preprocess(subject, {"inputs": image})[..., :height, :width]
 
 
 def receptive_fields(

@@ -7,7 +7,7 @@ that a row differs from what the layer computes by the layer's own rounding alon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from ..errors import UsageError
 from ..functional import laplacian_kernel, newton_schulz_inverse
 from ..presets import DELTA
 from .capture import LayerInputs, capture
+
+Kernel = Callable[[Tensor, Tensor, float], Tensor]
+"""Points ``(..., N, d)`` and ``(..., M, d)`` and a scale to a matrix ``(..., N, M)``."""
 
 
 @dataclass(frozen=True)
@@ -71,25 +74,29 @@ def _smoothed(kernel: Tensor, tau: float) -> Tensor:
     return (kernel - mass) / (num_tokens * (mass.clamp_min(0) + tau)) + 1 / num_tokens
 
 
-def nystroem_rows(inputs: LayerInputs, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+def nystroem_rows(
+    inputs: LayerInputs, tokens: Sequence[int], kernel: Kernel = laplacian_kernel, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Rows of the matrix ``Z`` with ``Z V`` the layer's attention, before its convolution of the values.
 
     Args:
         inputs: what the layer attends with.
         tokens: T queries, as indices into the N tokens.
+        kernel: another one for comparison.
+        scale: its scale; None is the layer's.
 
     Returns:
         The rows ``(heads, T, N)``, and the landmarks' weights in them ``(heads, T, m)``.
     """
     layer, landmarks, num_tokens = inputs.layer, inputs.landmarks, inputs.q.shape[1]
-    scale = layer.kernel_scale
-    solved = newton_schulz_inverse(laplacian_kernel(landmarks, landmarks, scale), layer.newton_iters)
-    kernel_k = laplacian_kernel(inputs.k, landmarks, scale)
-    kernel_q = laplacian_kernel(inputs.q[:, list(tokens)], landmarks, scale)
+    scale = layer.kernel_scale if scale is None else scale
+    solved = newton_schulz_inverse(kernel(landmarks, landmarks, scale), layer.newton_iters)
+    kernel_k = kernel(inputs.k, landmarks, scale)
+    kernel_q = kernel(inputs.q[:, list(tokens)], landmarks, scale)
     if layer.normalization == "mass":
         weights = kernel_q @ solved
         return _smoothed(weights @ kernel_k.mT, layer.tau), weights
-    of_all = laplacian_kernel(inputs.q, landmarks, scale)
+    of_all = kernel(inputs.q, landmarks, scale)
     mean = of_all.mean(1, keepdim=True)
     centred, of_all = kernel_q - mean, of_all - mean
     if layer.normalization == "whiten_keys":
@@ -103,15 +110,17 @@ def nystroem_rows(inputs: LayerInputs, tokens: Sequence[int]) -> tuple[Tensor, T
     return (deviations + 1) / num_tokens, weights
 
 
-def exact_rows(inputs: LayerInputs, tokens: Sequence[int]) -> Tensor:
-    """Rows ``(heads, T, N)`` of the Laplacian smoother without landmarks.
+def exact_rows(
+    inputs: LayerInputs, tokens: Sequence[int], kernel: Kernel = laplacian_kernel, scale: float | None = None
+) -> Tensor:
+    """Rows ``(heads, T, N)`` of the smoother without landmarks; the kernel as for ``nystroem_rows``.
 
     Under ``"mass"`` the normalisation is the layer's. The whitening forms would need all N rows for the
     variance of a column, so there a row is divided by its sum.
     """
     layer = inputs.layer
-    kernel = laplacian_kernel(inputs.q[:, list(tokens)], inputs.k, layer.kernel_scale)
-    return _smoothed(kernel, layer.tau if layer.normalization == "mass" else 0.0)
+    values = kernel(inputs.q[:, list(tokens)], inputs.k, layer.kernel_scale if scale is None else scale)
+    return _smoothed(values, layer.tau if layer.normalization == "mass" else 0.0)
 
 
 def softmax_rows(inputs: LayerInputs, tokens: Sequence[int]) -> Tensor:
