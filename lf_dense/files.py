@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import UsageError
 
@@ -16,14 +16,19 @@ PACKAGED = Path(__file__).resolve().parent / ".mim"
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file so that a reader, or a power cut, finds either the old content or the new."""
+def write_atomically(path: str | Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that a reader, or a power cut, finds either the old content or the new.
+
+    Args:
+        path: the file; folders are made.
+        content: its bytes, or a function that writes them to a stream.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
+            content(stream) if callable(content) else stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         umask = os.umask(0)

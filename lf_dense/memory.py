@@ -50,6 +50,21 @@ class MemoryMeter:
         return _status("VmHWM")
 
 
+class PeakMeter:
+    """``MemoryMeter`` for reports: None where the system does not say."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._meter = MemoryMeter(device)
+        with contextlib.suppress(OSError):
+            self._meter.reset()
+
+    def peak(self) -> int | None:
+        """The most bytes that were held since this was made."""
+        with contextlib.suppress(OSError):
+            return self._meter.peak()
+        return None
+
+
 def _status(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
@@ -59,11 +74,10 @@ def _status(key: str) -> int:
 
 def available_gib() -> float:
     """Memory that processes may still take."""
-    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) / 2**20
-    return pages * size / 2**30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 @contextlib.contextmanager
@@ -71,8 +85,12 @@ def limited(gib: float) -> Iterator[None]:
     """Let a block fail with an error, in the place of being ended by the system, where it asks for more.
 
     Args:
-        gib: what this process may take beyond what it has.
+        gib: what this process may take beyond what it has. Only Linux can be asked; elsewhere nothing is
+            limited.
     """
+    if not Path("/proc/self/status").exists():
+        yield
+        return
     import resource  # Windows has none
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..files import write_atomically
+from ..presets import LANDMARK_GRID
 from .options import image_size, positive_int, require_mmengine
 from .report import Record, describe_machine, markdown_head, markdown_row, three_digits, write_json
 
@@ -60,11 +61,13 @@ def run(args: argparse.Namespace) -> int:
     with quiet():
         subject = load_subject(load_config(args.config), args.checkpoint, "cpu")
     about = {**describe_machine(torch.device("cpu")), "images": len(images), "queries": args.queries}
+    # The other places are compared with a grid that is measured.
+    place_side = LANDMARK_GRID[0] if LANDMARK_GRID[0] in args.grids else args.grids[0]
     rows: list[Record] = []
     for size in args.sizes:
         for image in images:
             for inputs in capture(subject.backbone, resized_input(subject, image, size)):
-                for cost in costs(inputs, args.grids, args.queries):
+                for cost in costs(inputs, args.grids, args.queries, place_side=place_side):
                     rows.append({"size": "x".join(map(str, size)), "image": image.name, **cost._asdict()})
             print(f"{size[0]} x {size[1]}: {image.name}", flush=True)
         write_json(args.out / "landmarks.json", about, rows)

@@ -75,21 +75,20 @@ def _smoothed(kernel: Tensor, tau: float) -> Tensor:
 
 
 def nystroem_rows(
-    inputs: LayerInputs, tokens: Sequence[int], kernel: Kernel = laplacian_kernel, scale: float | None = None
+    inputs: LayerInputs, tokens: Sequence[int], kernel: Kernel = laplacian_kernel
 ) -> tuple[Tensor, Tensor]:
     """Rows of the matrix ``Z`` with ``Z V`` the layer's attention, before its convolution of the values.
 
     Args:
         inputs: what the layer attends with.
         tokens: T queries, as indices into the N tokens.
-        kernel: another one for comparison.
-        scale: its scale; None is the layer's.
+        kernel: another one for comparison, with the layer's scale.
 
     Returns:
         The rows ``(heads, T, N)``, and the landmarks' weights in them ``(heads, T, m)``.
     """
     layer, landmarks, num_tokens = inputs.layer, inputs.landmarks, inputs.q.shape[1]
-    scale = layer.kernel_scale if scale is None else scale
+    scale = layer.kernel_scale
     solved = newton_schulz_inverse(kernel(landmarks, landmarks, scale), layer.newton_iters)
     kernel_k = kernel(inputs.k, landmarks, scale)
     kernel_q = kernel(inputs.q[:, list(tokens)], landmarks, scale)
@@ -110,16 +109,14 @@ def nystroem_rows(
     return (deviations + 1) / num_tokens, weights
 
 
-def exact_rows(
-    inputs: LayerInputs, tokens: Sequence[int], kernel: Kernel = laplacian_kernel, scale: float | None = None
-) -> Tensor:
+def exact_rows(inputs: LayerInputs, tokens: Sequence[int], kernel: Kernel = laplacian_kernel) -> Tensor:
     """Rows ``(heads, T, N)`` of the smoother without landmarks; the kernel as for ``nystroem_rows``.
 
     Under ``"mass"`` the normalisation is the layer's. The whitening forms would need all N rows for the
     variance of a column, so there a row is divided by its sum.
     """
     layer = inputs.layer
-    values = kernel(inputs.q[:, list(tokens)], inputs.k, layer.kernel_scale if scale is None else scale)
+    values = kernel(inputs.q[:, list(tokens)], inputs.k, layer.kernel_scale)
     return _smoothed(values, layer.tau if layer.normalization == "mass" else 0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 
@@ -9,10 +10,15 @@ import numpy as np
 import torch
 
 from ..allocator import give_back
-from ..memory import MemoryMeter, available_gib, is_out_of_memory, limited
+from ..memory import PeakMeter, available_gib, is_out_of_memory, limited
 from ..training.prediction import Predictor
 from .finding import detections_of
 from .joining import SAME, Detections, ious
+
+
+def peak_text(peak_bytes: int | None) -> str:
+    """What a line says of peak memory; nothing where it is not known."""
+    return "" if peak_bytes is None else f", peak memory {peak_bytes / 2**30:.2f} GiB"
 
 
 @dataclass
@@ -38,7 +44,7 @@ class Agreement:
     def __str__(self) -> str:
         if self.seconds is None:
             return "does not fit into this machine's memory"
-        took = f"{self.seconds:.1f} s, peak memory {(self.peak_bytes or 0) / 2**30:.2f} GiB"
+        took = f"{self.seconds:.1f} s{peak_text(self.peak_bytes)}"
         if self.pixels is not None:
             return f"{took}; {self.pixels:.2%} of the pixels are equal"
         if self.counts is None:
@@ -63,20 +69,18 @@ def compare_with_whole(
         found: the tiles' detections, or their label map ``(H, W)``.
         score_thr: detections below it do not count.
     """
-    device = next(predictor.model.parameters()).device
+    on_gpu = predictor.device.type == "cuda"
     give_back()
-    meter = MemoryMeter(device)
-    meter.reset()
-    started = time.perf_counter()
+    meter, started = PeakMeter(predictor.device), time.perf_counter()
     try:
-        with limited(available_gib() if device.type == "cpu" else np.inf):
+        with contextlib.nullcontext() if on_gpu else limited(available_gib()):
             sample = predictor.predict(pixels)
-    except (RuntimeError, MemoryError, OSError) as error:
+    except Exception as error:  # torch, numpy and OpenCV have their own
         if not is_out_of_memory(error):
             raise
         return Agreement()
     finally:
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.empty_cache()
     agreement = Agreement(time.perf_counter() - started, meter.peak())
     if isinstance(found, np.ndarray):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +9,7 @@ import cv2
 import numpy as np
 import torch
 
+from ..files import write_atomically
 from ..training.prediction import Predictor
 from .joining import Detections
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 # The longer side of a picture, in pixels.
 LONGEST = 2048
+AT_ONCE = 50
 
 
 def _shrunk(pixels: np.ndarray) -> tuple[np.ndarray, float]:
@@ -36,17 +36,22 @@ def draw_detections(predictor: Predictor, name: str, pixels: np.ndarray, found: 
     from mmengine.structures import InstanceData
 
     picture, step = _shrunk(pixels)
-    instances = InstanceData(
-        bboxes=torch.from_numpy(found.boxes / step).float(),
-        scores=torch.from_numpy(found.scores).float(),
-        labels=torch.from_numpy(found.labels),
-    )
-    if found.masks is not None:
-        small = [mask.shrunk(step, picture.shape[:2]) for mask in found.masks]
-        instances.masks = torch.from_numpy(np.stack(small) if small else np.zeros((0, *picture.shape[:2])))
-    sample: BaseDataElement = DetDataSample(metainfo={"ori_shape": picture.shape[:2]})
-    sample.pred_instances = instances
-    return predictor.picture(name, picture, sample, 0.0)
+    # The lowest scores first, and few at a time: a visualizer wants each mask at the picture's size.
+    order = np.argsort(found.scores, kind="stable")
+    for first in range(0, max(1, len(found)), AT_ONCE):
+        part = found.take(order[first : first + AT_ONCE])
+        instances = InstanceData(
+            bboxes=torch.from_numpy(part.boxes / step).float(),
+            scores=torch.from_numpy(part.scores).float(),
+            labels=torch.from_numpy(part.labels),
+        )
+        if part.masks:
+            small = [mask.shrunk(step, picture.shape[:2]) for mask in part.masks]
+            instances.masks = torch.from_numpy(np.stack(small))
+        sample: BaseDataElement = DetDataSample(metainfo={"ori_shape": picture.shape[:2]})
+        sample.pred_instances = instances
+        picture = predictor.picture(name, picture, sample, 0.0)
+    return picture
 
 
 def draw_labels(predictor: Predictor, name: str, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -55,7 +60,11 @@ def draw_labels(predictor: Predictor, name: str, pixels: np.ndarray, labels: np.
     from mmseg.structures import SegDataSample
 
     picture, step = _shrunk(pixels)
-    rows, columns = (((np.arange(side) + 0.5) * step).astype(int) for side in picture.shape[:2])
+    # Rounding the picture's sides may put the last pixel's middle beyond the image.
+    rows, columns = (
+        ((np.arange(small) + 0.5) * step).astype(int).clip(max=whole - 1)
+        for small, whole in zip(picture.shape[:2], labels.shape)
+    )
     small = labels[rows][:, columns].astype(np.int64)
     sample: BaseDataElement = SegDataSample(metainfo={"ori_shape": picture.shape[:2]})
     sample.pred_sem_seg = PixelData(data=torch.from_numpy(small)[None])
@@ -66,15 +75,5 @@ def save_labels(path: Path, labels: np.ndarray) -> None:
     """Write a label map as a PNG without a copy of it in memory; a reader finds it whole or not at all."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            Image.fromarray(labels).save(stream, "png")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    picture = Image.fromarray(labels)
+    write_atomically(path, lambda stream: picture.save(stream, "png"))

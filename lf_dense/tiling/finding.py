@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,8 +25,7 @@ def detections_of(sample: BaseDataElement, score_thr: float, tile: Tile | None =
     instances = sample.pred_instances
     instances = instances[instances.scores >= score_thr]
     left, top = (tile.columns.start, tile.rows.start) if tile else (0, 0)
-    boxes: Any = instances.bboxes
-    boxes = np.asarray(getattr(boxes, "tensor", boxes), dtype=np.float64).reshape(-1, 4)
+    boxes = np.asarray(instances.bboxes, dtype=np.float64).reshape(-1, 4)
     masks = None
     if "masks" in instances:
         masks = [PlacedMask.of(np.asarray(mask, dtype=bool), left, top) for mask in instances.masks]

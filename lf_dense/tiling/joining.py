@@ -117,8 +117,9 @@ def join(found: list[tuple[Tile, Detections]], shape: tuple[int, int]) -> Joined
 def concatenate(parts: list[Detections]) -> Detections:
     """All detections of several lists."""
     masks: list[PlacedMask] | None = None
-    if parts and all(part.masks is not None for part in parts):
-        masks = [mask for part in parts for mask in part.masks or ()]
+    full = [part for part in parts if len(part)]
+    if full and all(part.masks is not None for part in full):
+        masks = [mask for part in full for mask in part.masks or ()]
     return Detections(
         np.concatenate([np.zeros((0, 4)), *(part.boxes for part in parts)]),
         np.concatenate([np.zeros(0), *(part.scores for part in parts)]),

@@ -35,6 +35,15 @@ def reserve(path: Path, size: int) -> None:
             stream.truncate(size)
 
 
+def _discard(folder: Path) -> None:
+    """Remove a folder so that a kill on the way leaves no part of it that would be gone on with."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(removed)
+        shutil.rmtree(removed)
+
+
 class RunJournal:
     """The unfinished work of a whole run, below ``out/tiles``.
 
@@ -49,6 +58,8 @@ class RunJournal:
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         self.folder = out / FOLDER
         path = self.folder / _SETTINGS
+        if not path.exists():
+            _discard(self.folder)
         settings = json.loads(json.dumps(settings))
         if path.exists():
             before = json.loads(path.read_bytes())
@@ -67,7 +78,7 @@ class RunJournal:
 
     def clear(self) -> None:
         """Remove everything, when the results are written."""
-        shutil.rmtree(self.folder)
+        _discard(self.folder)
 
 
 class ImageJournal:
@@ -77,8 +88,8 @@ class ImageJournal:
         self.folder = folder
         stamp = json.dumps([image.stat().st_size, image.stat().st_mtime_ns]).encode()
         path = folder / _STAMP
-        if path.exists() and path.read_bytes() != stamp:
-            shutil.rmtree(folder)
+        if not path.exists() or path.read_bytes() != stamp:
+            _discard(folder)
         write_atomically(path, stamp)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,7 @@ class LabelMap:
         self.labels[tile.rows.start : tile.rows.start + done_rows, place] = self._best(
             finished[:, :done_rows]
         )
+        _let_go(self.labels, *self._seams)
         if column + 1 == len(columns):
             self._finish_row(row)
 
@@ -92,6 +94,13 @@ def finished_rows(folder: Path) -> int:
     """How many rows of tiles an earlier run has finished."""
     path = folder / PROGRESS
     return int(json.loads(path.read_bytes())["rows"]) if path.exists() else 0
+
+
+def _let_go(*arrays: np.memmap) -> None:
+    """Let the system have the pages of mapped files: their content stays in the files."""
+    for array in arrays:
+        if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:

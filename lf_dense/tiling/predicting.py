@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from torch import nn
 
+from ..allocator import give_back
 from ..errors import UsageError, reason_of
-from ..files import find_images, picture_names, write_atomically
-from ..memory import MemoryMeter
-from ..training.prediction import Predictor, detection_record
+from ..files import picture_names, write_atomically
+from ..memory import PeakMeter
+from ..training.prediction import (
+    Predictor,
+    class_shares,
+    detection_record,
+    named_images,
+    read_image,
+    refuse_unreadable,
+)
 from ..training.quietness import end_bar, progress_bar
-from .comparing import Agreement, compare_with_whole
+from .comparing import Agreement, compare_with_whole, peak_text
 from .cutting import Tile, Tiling, check_tile
 from .drawing import draw_detections, draw_labels, save_labels
 from .finding import detections_of
@@ -98,13 +107,12 @@ class ImageReport:
 
     def lines(self, size: int) -> list[str]:
         """The report in words."""
-        peak = "" if self.peak_bytes is None else f", peak memory {self.peak_bytes / 2**30:.2f} GiB"
-        said = [f"{self.name}: {self.width} x {self.height} pixels, {self.tiles} tiles, "]
-        said[0] += f"{self.seconds:.1f} s{peak}"
+        took = f"{self.seconds:.1f} s{peak_text(self.peak_bytes)}"
+        said = [f"{self.name}: {self.width} x {self.height} pixels, {self.tiles} tiles, {took}"]
         if self.larger:
             said.append(
-                f"{self.name}: {self.larger} objects are larger than a tile of {size} pixels, and were put "
-                "together of parts: a larger --tile sees them whole."
+                f"{self.name}: detections that reach across a whole tile of {size} pixels: {self.larger}. "
+                "The model saw parts of these objects: a larger --tile shows them whole."
             )
         if self.whole is not None:
             said.append(f"{self.name}, whole: {self.whole}")
@@ -122,22 +130,6 @@ class Report:
         """The report in words, as the tool prints it."""
         lines = [line for image in self.images for line in image.lines(options.size)]
         return "\n".join([*lines, f"wrote {self.result} and the pictures beside it"])
-
-
-class _Meter:
-    """``MemoryMeter`` where the system says, and None where it does not."""
-
-    def __init__(self, predictor: Predictor) -> None:
-        self.meter = MemoryMeter(next(predictor.model.parameters()).device)
-
-    def reset(self) -> None:
-        with contextlib.suppress(OSError):
-            self.meter.reset()
-
-    def peak(self) -> int | None:
-        with contextlib.suppress(OSError):
-            return self.meter.peak()
-        return None
 
 
 def predict_tiled(
@@ -169,15 +161,14 @@ def predict_tiled(
     """
     check_tile(options.size, options.overlap)
     out = Path(out)
-    images = [image for image in find_images(source) if out.resolve() not in image.resolve().parents]
-    root = Path(source) if Path(source).is_dir() else Path(source).parent
+    images = named_images(source, out)
     settings = {"source": str(Path(source).resolve()), "tile": options.size, "overlap": options.overlap}
+    settings["whole"] = options.whole
     with _explained(out):
         journal = RunJournal(out, {**settings, "score_thr": score_thr, **(about or {})})
-        pictures = picture_names(image.relative_to(root) for image in images)
+        pictures = picture_names(images)
         reports, records, unreadable = [], {}, []
-        for image in images:
-            name = image.relative_to(root)
+        for name, image in images.items():
             work = _ImageWork(predictor, image, name, pictures[name], out, options, score_thr, journal)
             done = work.run()
             if done is None:
@@ -190,11 +181,7 @@ def predict_tiled(
         content = {"classes": list(predictor.meta["classes"]), "images": records}
         write_atomically(result, json.dumps(content, indent=1).encode())
         journal.clear()
-    if unreadable:
-        raise UsageError(
-            f"{len(unreadable)} of {len(images)} files could not be read as images: "
-            f"{', '.join(unreadable[:5])}."
-        )
+    refuse_unreadable(unreadable, len(images))
     return Report(result, reports)
 
 
@@ -233,17 +220,15 @@ class _ImageWork:
 
     def run(self) -> dict[str, Any] | None:
         """The image's record: its prediction and its report. None where the file is no image."""
-        import mmcv
-
         if (record := self.journal.record) is not None:
             return record
-        pixels = mmcv.imread(str(self.image))
+        pixels = read_image(self.image)
         if pixels is None:
             return None
         height, width = pixels.shape[:2]
         tiling = Tiling.of(height, width, self.options.size, self.options.overlap)
-        meter, started, larger = _Meter(self.predictor), time.perf_counter(), 0
-        meter.reset()
+        give_back()  # what an image before this one took
+        meter, started, larger = PeakMeter(self.predictor.device), time.perf_counter(), 0
         prediction: dict[str, Any] = {"height": height, "width": width}
         found: Detections | np.ndarray
         if self.predictor.scope == "mmdet":
@@ -288,13 +273,18 @@ class _ImageWork:
     def _segment(self, pixels: np.ndarray, tiling: Tiling) -> np.ndarray:
         """The label map ``(H, W)``, in a mapped file."""
         first = finished_rows(self.journal.folder) * len(tiling.columns)
-        head = self.predictor.model.decode_head
-        classes = int(getattr(head, "out_channels", None) or head.num_classes)
-        threshold = getattr(head, "threshold", None) or 0.5
-        blended = LabelMap(self.journal.folder, tiling, classes, threshold)
+        blended = LabelMap(self.journal.folder, tiling, *self._output())
         for tile, sample in self._predicted(pixels, list(tiling)[first:]):
             blended.add(tile, sample.seg_logits.data.float().numpy())
         return blended.labels
+
+    def _output(self) -> tuple[int, float]:
+        """Channels of a segmentor's logits, and the threshold where there is one channel."""
+        model: Any = self.predictor.model
+        # A cascade's output is its last head's.
+        head = model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
+        threshold = getattr(head, "threshold", None)
+        return int(model.out_channels), 0.5 if threshold is None else float(threshold)
 
     def _entry(self, found: Detections, index: int, pixels: np.ndarray) -> dict[str, Any]:
         """A detection as ``Predictor.record`` has it."""
@@ -320,4 +310,4 @@ def _shares(labels: np.ndarray, classes: list[str]) -> dict[str, float]:
     counts = np.zeros(np.iinfo(labels.dtype).max + 1, np.int64)
     for first in range(0, len(labels), 1024):
         counts += np.bincount(labels[first : first + 1024].ravel(), minlength=len(counts))
-    return {classes[label]: counts[label] / labels.size for label in np.flatnonzero(counts)}
+    return class_shares(counts, classes)

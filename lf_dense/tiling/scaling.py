@@ -10,7 +10,7 @@ from mmengine.config import Config
 from ..errors import UsageError
 from ..frameworks import datasets_of, framework_of, type_name
 
-_RESIZING = ("Resize", "ResizeShortestEdge", "ResizeEdge")
+_RESIZING = ("Resize", "ResizeShortestEdge")
 _FIXED = ("FixShapeResize", "YOLOv5KeepRatioResize", "LetterResize")
 
 
@@ -36,25 +36,31 @@ def at_own_scale(config: Config, scale: float = 1.0) -> None:
     _refuse_panoptic(config)
     (_, dataset), *_ = datasets_of(config, ("test",))
     steps = list(dataset["pipeline"])
-    scaled: dict[str, Any] = {"type": "Resize", "scale_factor": float(scale), "keep_ratio": True}
     places = [index for index, step in enumerate(steps) if type_name(step) in (*_RESIZING, *_FIXED)]
     for index in places:
-        step = steps[index]
-        if type_name(step) in _FIXED or (type_name(step) == "Resize" and not step.get("keep_ratio")):
-            size = step.get("scale") or (step.get("width"), step.get("height"))
-            raise UsageError(
-                f"the config resizes every image to {' x '.join(map(str, size))} pixels whatever its shape, "
-                "so its model cannot take tiles as they are: predict without --tile."
-            )
-        steps[index] = dict(scaled)
-    if not places:
-        steps.insert(1, scaled)
-    dataset["pipeline"] = steps
+        _refuse_fixed(steps[index])
+    scaled: dict[str, Any] = {"type": "Resize", "scale_factor": float(scale), "keep_ratio": True}
+    kept = [step for index, step in enumerate(steps) if index not in places]
+    kept.insert(places[0] if places else 1, scaled)
+    dataset["pipeline"] = kept
+
+
+def _refuse_fixed(step: dict[str, Any]) -> None:
+    """A step that gives every image one size, whatever its shape."""
+    size = step.get("scale") or (step.get("width"), step.get("height"))
+    keeps = type_name(step) == "ResizeShortestEdge" or step.get("keep_ratio") or "scale_factor" in step
+    if type_name(step) in _FIXED or not keeps:
+        size = size if isinstance(size, (list, tuple)) else (size, size)
+        raise UsageError(
+            f"the config resizes every image to {' x '.join(map(str, size))} pixels whatever its shape, so "
+            "its model cannot take tiles as they are: predict without --tile."
+        )
 
 
 def _refuse_panoptic(config: Config) -> None:
     """Things and stuff in one map cannot be told apart again at a seam."""
-    if "Panoptic" in type_name(config.model) or "panoptic_head" in config.model:
+    panoptic = "Panoptic" in type_name(config.model) or "panoptic_head" in config.model
+    if panoptic and (config.model.get("test_cfg") or {}).get("panoptic_on", True):
         raise UsageError(
             f"{type_name(config.model)} makes panoptic maps, and those of tiles cannot be put together: "
             "predict without --tile."

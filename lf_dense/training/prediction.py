@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,11 @@ class Predictor:
         self.visualizer = VISUALIZERS.build(visualizer)
         self.visualizer.dataset_meta = {"palette": None, **self.meta}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
     def _loaded(self, pixels: np.ndarray) -> dict[str, Any]:
         """What the pipeline's first step, which reads files, would make of ``(H, W, 3)`` uint8 BGR pixels."""
         loader = self.pipeline.transforms[0]
@@ -173,8 +178,8 @@ class Predictor:
         if self.scope == "mmdet":
             return {"predictions": list(self._instances(sample.pred_instances, classes, score_thr))}
         if self.scope == "mmseg":
-            labels, counts = np.unique(sample.pred_sem_seg.data.numpy(), return_counts=True)
-            return {"classes": {classes[label]: count / counts.sum() for label, count in zip(labels, counts)}}
+            labels = sample.pred_sem_seg.data.numpy().ravel()
+            return {"classes": class_shares(np.bincount(labels.astype(np.int64)), classes)}
         scores, labels = sample.pred_score.topk(min(5, len(classes)))
         return {
             "predictions": [
@@ -198,11 +203,63 @@ class Predictor:
             yield detection_record(name, float(kept.scores[index]), kept.bboxes[index].tolist(), mask)
 
 
+def class_shares(counts: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """Each class's share of the pixels, from each label's count; without a name it has its number."""
+    return {
+        classes[label] if label < len(classes) else f"class {label}": counts[label] / counts.sum()
+        for label in np.flatnonzero(counts).tolist()
+    }
+
+
 def detection_record(name: str, score: float, box: list[float], mask: dict | None) -> dict[str, Any]:
     """One detection as ``predictions.json`` has it."""
     # Scaling back to the image leaves errors of float32 in a coordinate: 426.00003 at the border of 426.
     found = {"class": name, "score": score, "bbox": [round(x, 2) for x in box]}
     return found if mask is None else {**found, "mask": mask}
+
+
+def named_images(source: str | Path, out: Path) -> dict[Path, Path]:
+    """The images of a source by their path relative to it; results of an earlier call below it are none.
+
+    Raises:
+        UsageError: the source is not there, or holds no image.
+    """
+    root = Path(source) if Path(source).is_dir() else Path(source).parent
+    images = [image for image in find_images(source) if out.resolve() not in image.resolve().parents]
+    if not images:
+        raise UsageError(f"every image of {source} lies in {out}, where results go: give another --out.")
+    return {image.relative_to(root): image for image in images}
+
+
+def read_image(path: Path) -> np.ndarray | None:
+    """An image file as ``(H, W, 3)`` uint8 BGR, turned as its EXIF data say; None where it is no image.
+
+    Raises:
+        UsageError: it has more pixels than OpenCV reads.
+    """
+    import mmcv
+
+    try:
+        return mmcv.imread(str(path))
+    except cv2.error as error:
+        if "CV_IO_MAX_IMAGE" not in str(error):
+            return None
+        raise UsageError(
+            f"{path} has more pixels than OpenCV reads by itself (2**30): set OPENCV_IO_MAX_IMAGE_PIXELS to "
+            "more, and OPENCV_IO_MAX_IMAGE_WIDTH and OPENCV_IO_MAX_IMAGE_HEIGHT where a side is over 2**20."
+        ) from error
+
+
+def refuse_unreadable(unreadable: list[str], total: int) -> None:
+    """Name files that are no images, when the others are done.
+
+    Raises:
+        UsageError: there are some.
+    """
+    if unreadable:
+        raise UsageError(
+            f"{len(unreadable)} of {total} files could not be read as images: {', '.join(unreadable[:5])}."
+        )
 
 
 def predict_images(
@@ -234,19 +291,14 @@ def predict_images(
     from PIL import Image
 
     out = Path(out)
-    # Results of an earlier call below the source are no input.
-    images = [image for image in find_images(source) if out.resolve() not in image.resolve().parents]
-    root = Path(source) if Path(source).is_dir() else Path(source).parent
-    pictures = picture_names(image.relative_to(root) for image in images)
+    images = named_images(source, out)
+    pictures = picture_names(images)
     records: dict[str, Any] = {}
     unreadable: list[str] = []
     refused: list[UsageError] = []
     bar = progress_bar(len(images)) if len(images) > 1 else None
-    for image in images:
-        name = image.relative_to(root)
-        # In its own order an undecodable file is None; converting to RGB on the way would be an error of
-        # OpenCV's.
-        pixels = mmcv.imread(str(image))
+    for name, image in images.items():
+        pixels = read_image(image)
         if pixels is None:
             unreadable.append(str(image))
         else:
@@ -276,11 +328,7 @@ def predict_images(
     write_atomically(
         result, json.dumps({"classes": list(predictor.meta["classes"]), "images": records}, indent=1).encode()
     )
-    if unreadable:
-        raise UsageError(
-            f"{len(unreadable)} of {len(images)} files could not be read as images: "
-            f"{', '.join(unreadable[:5])}."
-        )
+    refuse_unreadable(unreadable, len(images))
     if refused:
         raise refused[0]
     return result

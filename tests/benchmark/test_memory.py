@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lf_dense.benchmark.memory import peak_memory
-from lf_dense.memory import is_out_of_memory
 
 MIB = 2**20
 
@@ -35,11 +34,3 @@ def test_peak_memory_of_known_allocations(device):
 def test_the_profiler_says_nothing(capfd):
     peak_memory(lambda: torch.empty(MIB), torch.device("cpu"))
     assert capfd.readouterr() == ("", "")
-
-
-def test_out_of_memory_is_recognised_on_any_device():
-    with pytest.raises(RuntimeError) as found:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert is_out_of_memory(found.value)
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not is_out_of_memory(RuntimeError("shapes do not match"))

@@ -24,8 +24,9 @@ class Oracle:
     def __init__(self, scope, masks=False, fails_at=None):
         self.scope, self.masks, self.fails_at = scope, masks, fails_at
         self.meta = {"classes": list(CLASSES)}
-        self.model = torch.nn.Linear(1, 1)
-        self.model.decode_head = SimpleNamespace(out_channels=3, threshold=None)
+        self.device = torch.device("cpu")
+        head = SimpleNamespace(threshold=None)
+        self.model = SimpleNamespace(decode_head=head, out_channels=3)
         self.seen = []
 
     def predict(self, pixels):

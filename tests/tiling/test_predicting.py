@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 from mmengine.config import Config
+from mmengine.structures import PixelData
 
 from lf_dense.errors import UsageError
 from lf_dense.frameworks import load_config
@@ -117,11 +119,11 @@ def test_an_object_larger_than_a_tile_is_said(oracle, tmp_path):
     report = predict_tiled(oracle("mmdet"), tmp_path / "long.png", tmp_path / "out", OPTIONS)
     (record,) = json.loads(report.result.read_text())["images"].values()
     assert [p["bbox"] for p in record["predictions"]] == [[20, 100, 480, 140]]
-    assert "1 objects are larger than a tile of 128 pixels" in report.text(OPTIONS)
+    assert "detections that reach across a whole tile of 128 pixels: 1." in report.text(OPTIONS)
 
 
 @pytest.mark.parametrize("scope", ["mmdet", "mmseg"])
-@pytest.mark.parametrize("fails_at", [0, 3, 9])
+@pytest.mark.parametrize("fails_at", [0, 3, 9, 29])
 def test_an_interrupted_run_goes_on(oracle, make_scene, tmp_path, scope, fails_at):
     for index in range(2):
         cv2.imwrite(str(tmp_path / f"{index}.png"), make_scene(300, 400, seed=index, sizes=(4, 50))[0])
@@ -155,6 +157,51 @@ def test_a_line_that_was_cut_off_is_begun_again(oracle, image, tmp_path):
     resumed = oracle("mmdet")
     report = predict_tiled(resumed, image[0], tmp_path / "out", OPTIONS)
     assert report.result.read_text() == expected
+    assert len(resumed.seen) == report.images[0].tiles - 4
+
+
+def test_work_that_was_half_removed_is_not_gone_on_with(oracle, image, tmp_path):
+    """A kill inside the removal of finished or stale work leaves some of its files."""
+    with pytest.raises(KeyboardInterrupt):
+        predict_tiled(oracle("mmdet", fails_at=5), image[0], tmp_path / "out", OPTIONS)
+    expected = predict_tiled(oracle("mmdet"), image[0], tmp_path / "whole", OPTIONS)
+    for name in ("settings.json", "image.json"):
+        with pytest.raises(KeyboardInterrupt):
+            predict_tiled(oracle("mmdet", fails_at=5), image[0], tmp_path / "out", OPTIONS)
+        (path,) = (tmp_path / "out" / FOLDER).rglob(name)
+        path.unlink()
+        resumed = oracle("mmdet")
+        report = predict_tiled(resumed, image[0], tmp_path / "out", OPTIONS)
+        assert len(resumed.seen) == expected.images[0].tiles
+        assert report.result.read_text() == expected.result.read_text()
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pictures", "predictions.json"]
+
+
+def test_sizes_at_which_a_picture_is_rounded_up(oracle, tmp_path):
+    for height, width in ((2731, 4096), (1, 5000), (5000, 1)):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[:, width // 2 :, 1] = 255
+        cv2.imwrite(str(tmp_path / "a.png"), pixels)
+        report = predict_tiled(oracle("mmseg"), tmp_path / "a.png", tmp_path / "out", TileOptions(2048, 0))
+        (record,) = json.loads(report.result.read_text())["images"].values()
+        assert record["classes"]["green"] == pytest.approx((width - width // 2) / width)
+
+
+def test_one_channel_is_a_probability(oracle, image, tmp_path):
+    class Binary(oracle):
+        def segment(self, pixels):
+            sample = super().segment(pixels)
+            sample.seg_logits = PixelData(data=sample.seg_logits.data[1:2] / 255 * 0.6)
+            return sample
+
+    predictor = Binary("mmseg")
+    predictor.model = SimpleNamespace(
+        decode_head=torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()]), out_channels=1
+    )
+    predictor.model.decode_head[-1].threshold = 0.55
+    predict_tiled(predictor, image[0], tmp_path / "out", OPTIONS)
+    labels = np.array(Image.open(tmp_path / "out" / "labels" / "scene.png"))
+    assert np.array_equal(labels, image[1][..., 1] > 0)
 
 
 def test_unfinished_work_of_another_command_is_refused(oracle, image, tmp_path):
@@ -215,7 +262,8 @@ def test_a_disk_that_fills_up_on_the_way_loses_no_tile(oracle, image, tmp_path, 
 
 def test_files_that_are_no_images_are_named_when_the_others_are_done(oracle, image, tmp_path):
     (tmp_path / "in" / "broken.png").write_text("no image")
-    with pytest.raises(UsageError, match=r"1 of 2 files could not be read as images: .*broken\.png"):
+    (tmp_path / "in" / "empty.png").touch()
+    with pytest.raises(UsageError, match=r"2 of 3 files could not be read as images: .*broken\.png"):
         predict_tiled(oracle("mmdet"), tmp_path / "in", tmp_path / "out", OPTIONS)
     assert list(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == [
         "deep/scene.png"
@@ -248,6 +296,7 @@ def test_a_pipeline_without_resizing_gets_the_scale():
     ("path", "what"),
     [
         ("mmdet::ssd/ssd300_coco.py", "resizes every image to 300 x 300 pixels"),
+        ("mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py", "makes panoptic maps"),
         ("mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py", "PanopticFPN makes panoptic maps"),
         ("mmpretrain::resnet/resnet50_8xb32_in1k.py", "a classifier looks at an image as a whole"),
     ],
@@ -256,6 +305,35 @@ def test_models_that_take_no_tiles_are_refused(path, what):
     pytest.importorskip(path.partition(":")[0])
     with pytest.raises(UsageError, match=what):
         at_own_scale(load_config(path))
+
+
+def resized_by(*steps):
+    config = load_config(DEMO)
+    dataset = config.test_dataloader.dataset
+    rest = [step for step in dataset.pipeline if step["type"] != "Resize"]
+    dataset.pipeline = [rest[0], *steps, *rest[1:]]
+    at_own_scale(config, 0.5)
+    return [step for step in dataset.pipeline if "Resize" in step["type"]]
+
+
+def test_other_ways_to_resize():
+    scaled = [{"type": "Resize", "scale_factor": 0.5, "keep_ratio": True}]
+    assert resized_by({"type": "Resize", "scale_factor": 1.0}) == scaled
+    # Two steps become one: the factor counts once.
+    assert (
+        resized_by(
+            {"type": "Resize", "scale": (9, 9), "keep_ratio": True}, {"type": "Resize", "scale_factor": 2}
+        )
+        == scaled
+    )
+    with pytest.raises(UsageError, match="resizes every image to 640 x 640 pixels"):
+        resized_by({"type": "Resize", "scale": 640})
+
+
+def test_an_instance_model_with_a_panoptic_head_is_taken():
+    config = load_config("mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py")
+    at_own_scale(config)
+    assert [step["type"] for step in pipeline(config)].count("Resize") == 1
 
 
 def test_factors_that_scale_nothing_are_refused():

@@ -73,6 +73,18 @@ def test_a_segmentation_s_record():
     assert record == {"classes": {"road": 0.75, "sky": 0.25}}
 
 
+def test_a_label_without_a_name_has_its_number():
+    sample = DetDataSample()
+    sample.pred_sem_seg = PixelData(data=torch.tensor([[[0, 0, 1, 0]]]))
+    assert bare("mmseg", ["road"]).record(sample, 0.5) == {"classes": {"road": 0.75, "class 1": 0.25}}
+
+
+def test_a_source_inside_the_results_is_no_source(tmp_path):
+    save_image(tmp_path / "a.png")
+    with pytest.raises(UsageError, match=r"lies in .*, where results go: give another --out"):
+        predict_images(bare("mmdet", ["cat"]), tmp_path / "a.png", tmp_path)
+
+
 def test_a_classification_s_record():
     sample = DetDataSample()
     sample.set_field(torch.tensor([0.1, 0.7, 0.2]), "pred_score", dtype=torch.Tensor)
