@@ -45,6 +45,7 @@ X86_SETS = {
     "avx512": (64, AVX512),
     "avx2": (32, "-mavx2 -mfma -mf16c"),
 }
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -117,6 +118,20 @@ def find_compiler() -> str:
             f"there is no C++ compiler ({compiler} was not found: install g++, or name one in CXX)"
         )
     return compiler
+
+
+def host_compiler() -> str:
+    """nvcc's option for the compiler that CXX names, without a launcher such as ccache before it.
+
+    What CXX passes to the compiler is passed on. Where CXX is not set, nvcc finds a compiler itself.
+    """
+    words = shlex.split(os.environ.get("CXX", ""))
+    if len(words) > 1 and Path(words[0]).name in LAUNCHERS:
+        words = words[1:]
+    if not words:
+        return ""
+    options = [f"-Xcompiler {shlex.quote(word)}" for word in words[1:]]
+    return " ".join([f"-ccbin {shlex.quote(words[0])}", *options])
 
 
 def find_ninja() -> str:
@@ -374,7 +389,8 @@ class BuildOperators(build_ext):
 
     @staticmethod
     def add_cuda(ninja: Ninja, nvcc: str, torch_folder: Path, requested: str) -> str:
-        ninja.variable("nvcc", nvcc)
+        # As a rule runs it: to compile and to link with the same compiler.
+        ninja.variable("nvcc", f"{nvcc} {host_compiler()}".strip())
         flags = (
             f"-std=c++20 -O3 -DUSE_CUDA -DTORCH_TARGET_VERSION={ABI_TARGET} "
             f"{' '.join(architectures(requested))} -isystem {shlex.quote(str(torch_folder / 'include'))} "

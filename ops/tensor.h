@@ -62,7 +62,16 @@ inline View view(const Tensor& tensor) {
   return result;
 }
 
+// A kernel of one device would follow pointers into another's memory.
+inline void check_devices(const Tensor& first, std::initializer_list<const Tensor*> others) {
+  for (const Tensor* other : others) {
+    STD_TORCH_CHECK(first.device() == other->device(),
+                    "lf_dense: the tensors of this call are on different devices: move them to one.");
+  }
+}
+
 inline void check_same(const Tensor& a, const Tensor& b, int first_dim, int last_dim, const char* what) {
+  check_devices(a, {&b});
   bool same = a.dim() == 4 && b.dim() == 4 && a.scalar_type() == b.scalar_type();
   for (int i = first_dim; same && i < last_dim; ++i) same = a.size(i) == b.size(i);
   STD_TORCH_CHECK(

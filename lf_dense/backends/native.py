@@ -6,6 +6,7 @@ their caller; its docstrings say what they compute.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .reference import common_dtype, compute_dtype
+from .reference import common_dtype, compute_dtype, inverse_gradient
 
 MIN_TORCH = (2, 11)
 # A block keeps three tiles of tokens in shared memory; GPUs for graphics (8.6, 8.9) have 99 KB of it, those
@@ -77,6 +78,18 @@ def _cuda_shared_memory(index: int) -> int:
     return properties.shared_memory_per_block_optin
 
 
+@functools.cache
+def _cuda_launch_failure(index: int) -> str | None:
+    """Why a kernel does not run on this GPU, in the CUDA runtime's words; None where one does.
+
+    A library loads whatever the driver's version and whatever the GPU: only a launch tells.
+    """
+    probe = ctypes.CDLL(str(_FOLDER / "_operators_cuda.so")).lf_dense_launch_failure
+    probe.restype = ctypes.c_char_p
+    failure = probe(index)
+    return failure.decode() if failure else None
+
+
 def _cuda_index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
@@ -104,6 +117,9 @@ def obstacle(device: torch.device, *, wide: bool = False) -> str | None:
     if capability < MIN_CUDA_CAPABILITY:
         wanted, found = ".".join(map(str, MIN_CUDA_CAPABILITY)), ".".join(map(str, capability))
         return f"they need a GPU of compute capability {wanted} or higher, and {device} has {found}"
+    failure = _cuda_launch_failure(_cuda_index(device))
+    if failure:
+        return f"they do not run on {device} ({failure})"
     return (
         f"on this GPU they take up to {max_head_dims(device)} channels a head, and these have more"
         if wide
@@ -381,8 +397,7 @@ def _inverse_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _inverse_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    (inverse,) = ctx.saved_tensors
-    return -inverse.mT @ grad @ inverse.mT, None, None
+    return inverse_gradient(*ctx.saved_tensors, grad), None, None
 
 
 def _attention_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:

@@ -63,6 +63,16 @@ def laplacian_kernel(x: Tensor, y: Tensor, scale: float) -> Tensor:
         return torch.exp(torch.cdist(x.to(dtype), y.to(dtype), p=1.0) / -scale).to(x.dtype)
 
 
+def inverse_gradient(inverse: Tensor, grad: Tensor) -> Tensor:
+    """``-A^T grad A^T``, the gradient through an inverse ``A``.
+
+    The products are in float64: neither TF32, nor ``torch.set_float32_matmul_precision``, nor autocast
+    shortens those.
+    """
+    transposed = inverse.mT.double()
+    return -(transposed @ grad.double() @ transposed).to(inverse.dtype)
+
+
 class _NewtonSchulzInverse(torch.autograd.Function):
     """The iteration, with the derivative of the exact inverse, which it has converged to."""
 
@@ -86,8 +96,7 @@ class _NewtonSchulzInverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return -inverse.mT @ grad @ inverse.mT, None, None
+        return inverse_gradient(*ctx.saved_tensors, grad), None, None
 
 
 def newton_schulz_inverse(w: Tensor, iters: int, eps: float) -> Tensor:

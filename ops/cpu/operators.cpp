@@ -71,6 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_attention_backward(
     double tau) {
   check_attention(q, k, v, landmarks);
   check_same(grad, q, 0, 4, "the gradient and q");
+  check_devices(q, {&inverse, &sums, &mass, &mean_value});
   Tensor dq = empty_tokens(q), dk = empty_tokens(k), dv = empty_tokens(v),
          dlandmarks = empty_tokens(landmarks);
   with_compute_type(q, [&]<typename T>(T) {

@@ -157,6 +157,28 @@ def test_solver_gradient_is_that_of_the_exact_inverse(dtype, tolerance, m, blank
     assert relative_error(w.grad, exact.grad) <= tolerance
 
 
+def test_settings_do_not_shorten_the_solvers_gradient():
+    """TF32 and bfloat16 products have 3 digits; the gradient keeps float32's."""
+    matrices, weight = gram(49, 1.0), torch.randn(2, 49, 49)
+
+    def gradient(dtype, autocast=False):
+        w = matrices.to(dtype).requires_grad_()
+        with torch.autocast(w.device.type, dtype=torch.bfloat16, enabled=autocast):
+            inverse = newton_schulz_inverse(w)
+            # Under autocast the backward pass is called, too.
+            return torch.autograd.grad(inverse, w, weight.to(dtype))[0]
+
+    exact, plain = gradient(torch.float64), gradient(torch.float32)
+    assert relative_error(plain, exact) <= 2e-4
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(gradient(torch.float32), plain)
+        assert torch.equal(gradient(torch.float32, autocast=True), plain)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 # Properties
 
 

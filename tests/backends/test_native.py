@@ -133,6 +133,28 @@ def test_registered_operators_widen_by_themselves_under_autocast():
     assert out.dtype == inverse.dtype == kernel.dtype == torch.float32
 
 
+@on_each_backend
+def test_tensors_on_two_devices_are_one_sentence(each_backend):
+    if each_backend.startswith("reference"):
+        pytest.skip("the reference is no operator")
+    ops, device = native._operators(), torch.get_default_device().type
+    calls = operator_calls(device, torch.float32)
+    # The device's kernel itself: a meta tensor stands for one of another device.
+    keys = torch._C.DispatchKeySet(
+        torch._C.DispatchKey.CUDA if device == "cuda" else torch._C.DispatchKey.CPU
+    )
+    for operator, args in calls:
+        overload = getattr(ops, operator._qualified_op_name.split("::")[1]).default
+        plain = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        overload.redispatch(keys, *plain)
+        tensors = [place for place, arg in enumerate(plain) if isinstance(arg, torch.Tensor)]
+        for place in tensors[1:]:
+            mixed = list(plain)
+            mixed[place] = mixed[place].to("meta")
+            with pytest.raises(RuntimeError, match=r"this call are on different devices: move them to one"):
+                overload.redispatch(keys, *mixed)
+
+
 # Values
 
 
@@ -383,11 +405,53 @@ class TestRules:
         gpu = torch.device("cuda:0")
         assert "compute capability 8.0 or higher, and cuda:0 has 7.5" in native.obstacle(gpu)
         monkeypatch.setattr(native, "_cuda_capability", lambda index: (9, 0))
+        monkeypatch.setattr(native, "_cuda_launch_failure", lambda index: None)
         assert native.obstacle(gpu) is None
         for shared_memory, limit in ((232448, 128), (101376, 64)):
             monkeypatch.setattr(native, "_cuda_shared_memory", lambda index, size=shared_memory: size)
             assert native.max_head_dims(gpu) == limit
             assert f"up to {limit} channels a head, and these have more" in native.obstacle(gpu, wide=True)
+
+    def test_a_gpu_that_no_kernel_runs_on(self, monkeypatch, caplog):
+        asked = []
+
+        def failure(index):
+            asked.append(index)
+            return "CUDA driver version is insufficient for CUDA runtime version"
+
+        monkeypatch.setattr(native, "library_obstacle", lambda device: None)
+        monkeypatch.setattr(native, "_cuda_capability", lambda index: (9, 0))
+        monkeypatch.setattr(native, "_cuda_shared_memory", lambda index: 232448)
+        monkeypatch.setattr(native, "_cuda_launch_failure", failure)
+        gpu = torch.device("cuda:1")
+        reason = "they do not run on cuda:1 (CUDA driver version is insufficient for CUDA runtime version)"
+        assert native.obstacle(gpu) == reason
+        assert asked == [1]
+        with caplog.at_level(logging.WARNING, logger="lf_dense"):
+            assert backends.choose_backend("auto", gpu, 64) == "reference"
+        assert reason in caplog.text
+        with pytest.raises(RuntimeError, match="cannot serve this call, since they do not run on cuda:1"):
+            backends.choose_backend("native", gpu, 64)
+
+    def test_a_launch_is_tried_once_for_each_gpu(self, monkeypatch):
+        asked = []
+
+        class Library:
+            def __init__(self, path):
+                self.lf_dense_launch_failure = self
+
+            def __call__(self, index):
+                asked.append(index)
+                return b"no kernel image is available" if index else None
+
+        monkeypatch.setattr(native.ctypes, "CDLL", Library)
+        native._cuda_launch_failure.cache_clear()
+        try:
+            answers = [native._cuda_launch_failure(index) for index in (0, 1, 0, 1)]
+        finally:
+            native._cuda_launch_failure.cache_clear()
+        assert answers == [None, "no kernel image is available"] * 2
+        assert asked == [0, 1]
 
     def test_auto_says_once_why_it_is_the_reference(self, monkeypatch, tmp_path, caplog):
         monkeypatch.setattr(native, "_FOLDER", tmp_path)

@@ -4,6 +4,7 @@ Every CUDA file compiles for every architecture that we name and needs only torc
 that cannot succeed says why.
 """
 
+import ctypes
 import os
 import re
 import shutil
@@ -115,6 +116,49 @@ def test_the_cuda_library_asks_for_libtorch_cuda(cuda_build):
     needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cuda.so" in needed
     assert "libcudart" not in needed
+
+
+def test_nvcc_compiles_with_the_compiler_of_cxx(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not there")
+    compiler, log = tmp_path / "host-compiler", tmp_path / "calls"
+    # It says what it is, and writes down what else it is asked for.
+    compiler.write_text(f"""#!/bin/sh
+case "$*" in *--version) exec g++ --version;; esac
+echo "$@" >> {log}
+case "$1" in -E) exec g++ "$@";; esac
+exit 1
+""")
+    compiler.chmod(0o755)
+    (tmp_path / "ccache").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "ccache").chmod(0o755)
+    environment = {
+        "CXX": f"{tmp_path / 'ccache'} {compiler} -m64",
+        "LF_DENSE_FORCE_CUDA": "1",
+        "MAX_JOBS": "1",
+    }
+    assert build(tmp_path, **environment).returncode != 0
+    folder = tmp_path / "temp" / "ops"
+    lines = (folder / "build.ninja").read_text().splitlines()
+    assert next(line for line in lines if line.startswith("nvcc = ")).endswith(
+        f"nvcc -ccbin {compiler} -Xcompiler -m64"
+    )
+    ninja = next(filter(None, map(shutil.which, (Path(sys.executable).with_name("ninja"), "ninja"))))
+    log.write_text("")
+    subprocess.run([ninja, "-C", folder, "cuda_probe.o"], capture_output=True, check=False)
+    assert "probe.cu" in log.read_text()
+    assert "-m64" in log.read_text()
+
+
+def test_a_driver_that_does_not_serve_the_library_is_told_of(tmp_path):
+    if shutil.which("nvcc") is None or torch.cuda.is_available():
+        pytest.skip("this needs nvcc, and a machine where CUDA cannot run")
+    library = tmp_path / "probe.so"
+    command = ["nvcc", "-shared", "-Xcompiler", "-fPIC", "-o", library, ROOT / "ops" / "cuda" / "probe.cu"]
+    subprocess.run(command, capture_output=True, check=True)
+    probe = ctypes.CDLL(str(library)).lf_dense_launch_failure
+    probe.restype = ctypes.c_char_p
+    assert re.search(rb"(?i)driver|device", probe(0))
 
 
 def test_unreadable_architectures_are_one_sentence(tmp_path):
