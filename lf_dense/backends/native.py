@@ -397,7 +397,8 @@ def _inverse_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _inverse_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return inverse_gradient(*ctx.saved_tensors, grad), None, None
+    (inverse,) = ctx.saved_tensors
+    return inverse_gradient(inverse, grad), None, None
 
 
 def _attention_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:

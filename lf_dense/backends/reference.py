@@ -96,7 +96,8 @@ class _NewtonSchulzInverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return inverse_gradient(*ctx.saved_tensors, grad), None, None
+        (inverse,) = ctx.saved_tensors
+        return inverse_gradient(inverse, grad), None, None
 
 
 def newton_schulz_inverse(w: Tensor, iters: int, eps: float) -> Tensor:
