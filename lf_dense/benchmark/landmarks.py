@@ -159,7 +159,7 @@ def plot(rows: Sequence[Record]) -> Figure:
         panel.set_title(f"stage {stage}", fontsize=12)
         panel.set_xlabel("landmarks", fontsize=11)
         panel.grid(alpha=0.3)
-        panel.set_ylim(bottom=0)
     panels[0].set_ylabel("error of what the attention\nadds to averaging, %", fontsize=11)
-    panels[-1].legend(fontsize=9, title="pixels", title_fontsize=9)
+    panels[0].set_ylim(0, 1.05 * max(y for panel in panels for line in panel.lines for y in line.get_ydata()))
+    panels[0].legend(fontsize=9, title="pixels", title_fontsize=9)
     return figure

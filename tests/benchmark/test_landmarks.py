@@ -48,6 +48,10 @@ def test_every_size_is_a_line_in_every_stage():
     figure = plot(rows)
     assert [len(panel.lines) for panel in figure.axes] == [2] * 4
     assert all(list(line.get_xdata()) == [16, 49] for line in figure.axes[0].lines)
+    # Panels share one axis, which shows the largest error of all.
+    low, high = figure.axes[0].get_ylim()
+    assert low == 0
+    assert high > max(y for panel in figure.axes for line in panel.lines for y in line.get_ydata())
 
 
 @pytest.fixture(scope="module")
