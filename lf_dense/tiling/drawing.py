@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # The longer side of a picture, in pixels.
 LONGEST = 2048
 AT_ONCE = 50
+# More detections than so many hide the image: those with the highest scores are drawn.
+SHOWN = 300
 
 
 def _shrunk(pixels: np.ndarray) -> tuple[np.ndarray, float]:
@@ -31,14 +33,17 @@ def _shrunk(pixels: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def draw_detections(predictor: Predictor, name: str, pixels: np.ndarray, found: Detections) -> np.ndarray:
-    """Draw detections over an image ``(H, W, 3)`` uint8 BGR: a picture of at most ``LONGEST`` pixels, RGB."""
+    """Draw detections over an image ``(H, W, 3)`` uint8 BGR: a picture of at most ``LONGEST`` pixels, RGB.
+
+    Of more than ``SHOWN``, those with the highest scores are drawn.
+    """
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
     picture, step = _shrunk(pixels)
     # The lowest scores first, and few at a time: a visualizer wants each mask at the picture's size.
-    order = np.argsort(found.scores, kind="stable")
-    for first in range(0, max(1, len(found)), AT_ONCE):
+    order = np.argsort(found.scores, kind="stable")[-SHOWN:]
+    for first in range(0, max(1, len(order)), AT_ONCE):
         part = found.take(order[first : first + AT_ONCE])
         instances = InstanceData(
             bboxes=torch.from_numpy(part.boxes / step).float(),

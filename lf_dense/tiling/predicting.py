@@ -31,7 +31,7 @@ from ..training.prediction import (
 from ..training.quietness import end_bar, progress_bar
 from .comparing import Agreement, compare_with_whole, peak_text
 from .cutting import Tile, Tiling, check_tile
-from .drawing import draw_detections, draw_labels, save_labels
+from .drawing import SHOWN, draw_detections, draw_labels, save_labels
 from .finding import detections_of
 from .joining import Detections, Joined, join
 from .journal import FOLDER, ImageJournal, RunJournal
@@ -92,6 +92,7 @@ class ImageReport:
         tiles: how many there were.
         seconds: for the tiles and putting them together; of the last run alone, if there were several.
         peak_bytes: the most memory that the process held; None where the system does not say.
+        detections: how many there are; None for a segmentor.
         larger: objects that reach across a whole tile.
         whole: how the whole image compares, where that was asked for.
     """
@@ -102,6 +103,7 @@ class ImageReport:
     tiles: int
     seconds: float
     peak_bytes: int | None
+    detections: int | None
     larger: int
     whole: Agreement | None
 
@@ -109,6 +111,10 @@ class ImageReport:
         """The report in words."""
         took = f"{self.seconds:.1f} s{peak_text(self.peak_bytes)}"
         said = [f"{self.name}: {self.width} x {self.height} pixels, {self.tiles} tiles, {took}"]
+        if self.detections is not None:
+            said[0] += f"; {self.detections} detections"
+        if (self.detections or 0) > SHOWN:
+            said[0] += f", of which the picture has the {SHOWN} with the highest scores"
         if self.larger:
             said.append(
                 f"{self.name}: detections that reach across a whole tile of {size} pixels: {self.larger}. "
@@ -245,7 +251,9 @@ class _ImageWork:
         whole = None
         if self.options.whole:
             whole = compare_with_whole(self.predictor, pixels, found, self.score_thr)
-        report = ImageReport(self.name.as_posix(), height, width, len(tiling), seconds, peak, larger, whole)
+        count = None if isinstance(found, np.ndarray) else len(found)
+        name = self.name.as_posix()
+        report = ImageReport(name, height, width, len(tiling), seconds, peak, count, larger, whole)
         record = {"prediction": prediction, "report": asdict(report)}
         self.journal.finish(record)
         return record

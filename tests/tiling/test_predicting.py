@@ -20,7 +20,7 @@ from mmengine.structures import PixelData
 
 from lf_dense.errors import UsageError
 from lf_dense.frameworks import load_config
-from lf_dense.tiling import TileOptions, at_own_scale, predict_tiled
+from lf_dense.tiling import TileOptions, at_own_scale, drawing, predict_tiled, predicting
 from lf_dense.tiling.comparing import Agreement
 from lf_dense.tiling.cutting import Tiling
 from lf_dense.tiling.journal import FOLDER
@@ -76,6 +76,36 @@ def test_masks_and_pictures_of_large_images(oracle, make_scene, tmp_path):
     small = cv2.resize(pixels.max(2), (2048, 945), interpolation=cv2.INTER_NEAREST) > 0
     assert (drawn == small).mean() > 0.99
     assert shown.bboxes[:, 2].max() <= 2048
+
+
+def test_a_picture_shows_the_best_of_many_and_the_tool_says_so(oracle, tmp_path, monkeypatch):
+    pixels = np.zeros((90, 300, 3), np.uint8)
+    for index in range(20):
+        pixels[10:20, 15 * index : 15 * index + 9, index % 3] = 255
+    cv2.imwrite(str(tmp_path / "many.png"), pixels)
+
+    class Graded(oracle):
+        def detect(self, pixels):
+            sample = super().detect(pixels)
+            sample.pred_instances.scores = sample.pred_instances.bboxes[:, 0] / 400 + 0.3
+            return sample
+
+        def picture(self, name, pixels, sample, score_thr):
+            drawn.append(sample.pred_instances.scores)
+            return pixels
+
+    drawn = []
+    monkeypatch.setattr(drawing, "SHOWN", 7)
+    monkeypatch.setattr(predicting, "SHOWN", 7)
+    monkeypatch.setattr(drawing, "AT_ONCE", 3)
+    report = predict_tiled(Graded("mmdet"), tmp_path / "many.png", tmp_path / "out", TileOptions(512, 0))
+    scores = torch.cat(drawn)
+    assert [len(part) for part in drawn] == [3, 3, 1]
+    (record,) = json.loads(report.result.read_text())["images"].values()
+    best = sorted(entry["score"] for entry in record["predictions"])
+    assert len(best) == 20
+    assert scores.tolist() == pytest.approx(best[-7:])
+    assert "; 20 detections, of which the picture has the 7 with the highest scores" in report.text(OPTIONS)
 
 
 def test_a_segmentor_s_results(oracle, image, tmp_path):
