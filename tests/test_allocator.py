@@ -13,19 +13,20 @@ from support import ROOT
 
 IS_GLIBC = sys.platform == "linux" and os.confstr("CS_GNU_LIBC_VERSION") is not None
 pytestmark = pytest.mark.skipif(not IS_GLIBC, reason="glibc alone gives memory back in this way")
-# Steps of 64 MiB: how many page faults the last ones take.
+# Steps of 64 MiB: how many page faults the best of the last ones takes. A busy system takes pages on its own.
 STEPS = """
 import resource
 from lf_dense import allocator
 kept = allocator.keep_memory() if {keep} else None
 import torch
-for step in range(4):
+faults = []
+for step in range(7):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     (torch.ones(4, 2**22) + 1).sum().item()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 allocator.give_back() if {give_back} else None
 resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-print(kept, faults, resident)
+print(kept, min(faults[3:]), resident)
 """
 
 
