@@ -99,6 +99,24 @@ def landmark_grid_pair(grid: object) -> tuple[int, int]:
     return pair
 
 
+def pool_over_grid(q: Tensor, hw_shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Average queries ``(B, N, heads, head_dims)`` of a map over a grid: ``(B, heads, m, head_dims)``.
+
+    A map smaller than the grid has as many cells as tokens.
+    """
+    (height, width), (batch, _, heads, head_dims) = hw_shape, q.shape
+    if can_pool(q):
+        pooled = native.pool_tokens(q.flatten(2).unflatten(1, hw_shape), grid)
+        return pooled.unflatten(2, (heads, head_dims)).transpose(1, 2)
+    rows, columns = (min(cells, size) for cells, size in zip(grid, hw_shape))
+    # Two products in place of adaptive_avg_pool2d, whose gradient on a GPU differs from run to run.
+    over_rows = pooling_matrix(height, rows, q).expand(batch, rows, height)
+    over_columns = pooling_matrix(width, columns, q).expand(batch * rows, columns, width)
+    pooled = over_rows @ q.reshape(batch, height, width * heads * head_dims)
+    pooled = over_columns @ pooled.view(batch * rows, width, heads * head_dims)
+    return pooled.view(batch, rows * columns, heads, head_dims).transpose(1, 2)
+
+
 class LaplacianAttention(nn.Module):
     """Multi-head Laplacian attention over the tokens of a map, with a 3 x 3 depthwise convolution.
 
@@ -165,17 +183,7 @@ class LaplacianAttention(nn.Module):
 
     def pool_landmarks(self, q: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Average queries ``(B, N, heads, head_dims)`` over the grid: ``(B, heads, m, head_dims)``."""
-        (height, width), (batch, _, heads, head_dims) = hw_shape, q.shape
-        if can_pool(q):
-            pooled = native.pool_tokens(q.flatten(2).unflatten(1, hw_shape), self.landmark_grid)
-            return pooled.unflatten(2, (heads, head_dims)).transpose(1, 2)
-        rows, columns = (min(cells, size) for cells, size in zip(self.landmark_grid, hw_shape))
-        # Two products in place of adaptive_avg_pool2d, whose gradient on a GPU differs from run to run.
-        over_rows = pooling_matrix(height, rows, q).expand(batch, rows, height)
-        over_columns = pooling_matrix(width, columns, q).expand(batch * rows, columns, width)
-        pooled = over_rows @ q.reshape(batch, height, width * heads * head_dims)
-        pooled = over_columns @ pooled.view(batch * rows, width, heads * head_dims)
-        return pooled.view(batch, rows * columns, heads, head_dims).transpose(1, 2)
+        return pool_over_grid(q, hw_shape, self.landmark_grid)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], table: RotaryTable | None = None) -> Tensor:
         """Attend over one map.

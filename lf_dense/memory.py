@@ -21,6 +21,7 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._on_gpu = device.type == "cuda"
 
     def current(self) -> int:
         """Bytes that are held now.
@@ -28,13 +29,11 @@ class MemoryMeter:
         Raises:
             OSError: the system does not say.
         """
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return _status("VmRSS")
+        return torch.cuda.memory_allocated(self.device) if self._on_gpu else _status("VmRSS")
 
     def reset(self) -> None:
         """Begin to look for the highest again."""
-        if self.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             Path("/proc/self/clear_refs").write_text("5")
@@ -45,9 +44,7 @@ class MemoryMeter:
         Raises:
             OSError: the system does not say.
         """
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return _status("VmHWM")
+        return torch.cuda.max_memory_allocated(self.device) if self._on_gpu else _status("VmHWM")
 
 
 class PeakMeter:

@@ -66,13 +66,13 @@ def main() -> None:
         video = Video(args.source) if is_video(args.source) else None
         if video is None:
             find_images(args.source)
-        config = read_config(args)
         options = tile_options(args.tile, args.overlap, args.scale, args.whole)
         if options and (video or points):
             raise UsageError("--tile is for images, and does not go with --show-attention.")
-        if options:
-            at_own_scale(config, args.scale)
         with explained():
+            config = read_config(args)
+            if options:
+                at_own_scale(config, args.scale)
             predictor = Predictor(config, args.checkpoint, args.device)
         if options:
             about = what_predicts(config, args.checkpoint, args.scale)

@@ -51,12 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from ..explain.receptive import resized_input
     from ..files import find_images
     from ..frameworks import load_config
+    from ..training.cli import trust_named
     from ..training.curves import save_figure
     from ..training.quietness import quiet
-    from ..weights.reading import trust_checkpoint
 
-    if args.trust_checkpoint:
-        trust_checkpoint(args.checkpoint)
+    trust_named(args)
     images = find_images(args.images)[: args.images_at_most]
     with quiet():
         subject = load_subject(load_config(args.config), args.checkpoint, "cpu")

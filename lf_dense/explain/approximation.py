@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import functional
 from ..ablation.attentions import gaussian_kernel
-from ..attention import pooling_matrix
+from ..attention import pool_over_grid
+from ..benchmark.timing import timed
 from .capture import LayerInputs
 from .rows import Kernel, exact_rows, nystroem_rows
 
@@ -58,11 +59,7 @@ class Cost(NamedTuple):
 
 def pooled(inputs: LayerInputs, rows: int, columns: int) -> Tensor:
     """Queries averaged over a grid, as the layer does it: ``(heads, rows * columns, d)``."""
-    height, width = inputs.hw_shape
-    over_rows = pooling_matrix(height, min(rows, height), inputs.q)
-    over_columns = pooling_matrix(width, min(columns, width), inputs.q)
-    q = inputs.q.unflatten(1, inputs.hw_shape)
-    return torch.einsum("ih,jw,nhwd->nijd", over_rows, over_columns, q).flatten(1, 2)
+    return pool_over_grid(inputs.q.transpose(0, 1)[None], inputs.hw_shape, (rows, columns))[0]
 
 
 def _shaped(inputs: LayerInputs, side: int) -> Tensor:
@@ -159,18 +156,15 @@ def _seconds(inputs: LayerInputs) -> float:
     """The median of several passes of the layer's operator, after one that does not count."""
     layer = inputs.layer
     q, k, v, landmarks = (x.float()[None] for x in (inputs.q, inputs.k, inputs.v, inputs.landmarks))
-    times = []
-    for _ in range(PASSES + 1):
-        started = time.perf_counter()
-        functional.laplacian_attention(
-            q,
-            k,
-            v,
-            landmarks,
-            scale=layer.kernel_scale,
-            iters=layer.newton_iters,
-            tau=layer.tau,
-            normalization=layer.normalization,
-        )
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    attend = functools.partial(
+        functional.laplacian_attention,
+        q,
+        k,
+        v,
+        landmarks,
+        scale=layer.kernel_scale,
+        iters=layer.newton_iters,
+        tau=layer.tau,
+        normalization=layer.normalization,
+    )
+    return statistics.median([timed(attend, q.device)[0] for _ in range(PASSES + 1)][1:])

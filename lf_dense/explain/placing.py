@@ -21,7 +21,7 @@ from ..errors import UsageError, reason_of
 from ..frameworks import type_name
 from ..laplacianformer import MIN_SIZE, LaplacianFormer
 from ..swap.settings import nested
-from ..training.prediction import Predictor
+from ..training.prediction import Predictor, read_image
 from ..weights.pretrained import load_pretrained
 from .capture import find_backbone
 
@@ -144,7 +144,7 @@ def read_pixels(path: str | Path) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"the image {path} is not there: give the path of an image file.")
-    pixels = mmcv.imread(str(path))
+    pixels = read_image(path)
     if pixels is None:
         raise UsageError(f"{path} could not be read as an image: give a file like a JPEG or a PNG.")
     return mmcv.bgr2rgb(pixels)

@@ -27,19 +27,16 @@ class Agreement:
 
     Attributes:
         seconds, peak_bytes: what the whole image took; None where it did not fit.
-        of_whole: share of the whole image's boxes that the tiles have too (same class, IoU 0.5); None for a
-            segmentor, or without a box.
-        of_tiles: share of the tiles' boxes that the whole image has too.
         pixels: share of the pixels with the same class; None for a detector.
-        counts: boxes of the whole image and of the tiles.
+        counts: boxes of the whole image and of the tiles; None for a segmentor.
+        matched: boxes that both have (same class, IoU 0.5).
     """
 
     seconds: float | None = None
     peak_bytes: int | None = None
-    of_whole: float | None = None
-    of_tiles: float | None = None
     pixels: float | None = None
     counts: tuple[int, int] | None = None
+    matched: int = 0
 
     def __str__(self) -> str:
         if self.seconds is None:
@@ -49,9 +46,7 @@ class Agreement:
             return f"{took}; {self.pixels:.2%} of the pixels are equal"
         if self.counts is None:
             return took
-        of_whole, of_tiles = (
-            "none" if share is None else f"{share:.1%}" for share in (self.of_whole, self.of_tiles)
-        )
+        of_whole, of_tiles = (f"{self.matched / n:.1%}" if n else "none" for n in self.counts)
         return (
             f"{took}; {of_whole} of its {self.counts[0]} boxes are in the tiles', and {of_tiles} of the "
             f"tiles' {self.counts[1]} in its"
@@ -88,10 +83,7 @@ def compare_with_whole(
         agreement.pixels = float(np.mean([np.mean(a == b) for a, b in zip(labels, found)]))
         return agreement
     whole = detections_of(sample, score_thr)
-    pairs = _matched(whole, found)
-    agreement.counts = len(whole), len(found)
-    agreement.of_whole = pairs / len(whole) if len(whole) else None
-    agreement.of_tiles = pairs / len(found) if len(found) else None
+    agreement.counts, agreement.matched = (len(whole), len(found)), _matched(whole, found)
     return agreement
 
 

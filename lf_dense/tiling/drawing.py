@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import torch
 
-from ..files import write_atomically
 from ..training.prediction import Predictor
 from .joining import Detections
 
@@ -74,11 +72,3 @@ def draw_labels(predictor: Predictor, name: str, pixels: np.ndarray, labels: np.
     sample: BaseDataElement = SegDataSample(metainfo={"ori_shape": picture.shape[:2]})
     sample.pred_sem_seg = PixelData(data=torch.from_numpy(small)[None])
     return predictor.picture(name, picture, sample, 0.0)
-
-
-def save_labels(path: Path, labels: np.ndarray) -> None:
-    """Write a label map as a PNG without a copy of it in memory; a reader finds it whole or not at all."""
-    from PIL import Image
-
-    picture = Image.fromarray(labels)
-    write_atomically(path, lambda stream: picture.save(stream, "png"))

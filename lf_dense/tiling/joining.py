@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from .cutting import Tile
 from .masks import PlacedMask
@@ -168,19 +170,12 @@ def _suppress(scores: np.ndarray, pairs: list[tuple[int, int]]) -> np.ndarray:
 
 def _groups(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
     """What is connected by pairs, as lists of indices."""
-    parent = list(range(count))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
-    for a, b in pairs:
-        parent[root(b)] = root(a)
+    first, second = np.array(pairs, np.int64).reshape(-1, 2).T
+    graph = coo_matrix((np.ones(len(first)), (first, second)), shape=(count, count))
+    _, labels = connected_components(graph, directed=False)
     groups: dict[int, list[int]] = defaultdict(list)
-    for index in range(count):
-        groups[root(index)].append(index)
+    for index, label in enumerate(labels.tolist()):
+        groups[label].append(index)
     return list(groups.values())
 
 

@@ -16,23 +16,13 @@ from .joining import Detections
 from .masks import PlacedMask
 
 FOLDER = "tiles"
-_SETTINGS, _STAMP = "settings.json", "image.json"
+_SETTINGS, _IMAGES, _STAMP = "settings.json", "images", "image.json"
 _DETECTIONS, _RECORD = "detections.jsonl", "record.json"
 
 
-def reserve(path: Path, size: int) -> None:
-    """Give a file its size and its place on the disk: a mapped file that finds none later kills the process.
-
-    Raises:
-        OSError: there is no place.
-    """
-    if path.exists() and path.stat().st_size == size:
-        return
-    with path.open("wb") as stream:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(stream.fileno(), 0, size)
-        else:
-            stream.truncate(size)
+def stamp_of(path: Path) -> list[int]:
+    """Size and time of a file: another version of it has others."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def _discard(folder: Path) -> None:
@@ -52,14 +42,14 @@ class RunJournal:
         settings: what the results depend on, as plain JSON values.
 
     Raises:
-        UsageError: the folder has unfinished work with other settings.
+        UsageError: the folder has unfinished work with other settings, or somebody else's files.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         self.folder = out / FOLDER
         path = self.folder / _SETTINGS
         if not path.exists():
-            _discard(self.folder)
+            self._begin()
         settings = json.loads(json.dumps(settings))
         if path.exists():
             before = json.loads(path.read_bytes())
@@ -72,9 +62,19 @@ class RunJournal:
         else:
             write_atomically(path, json.dumps(settings, indent=1).encode())
 
+    def _begin(self) -> None:
+        """Remove what a kill left of an earlier run, and nothing that is somebody else's."""
+        others = [path.name for path in self.folder.glob("*") if path.name != _IMAGES]
+        if others:
+            raise UsageError(
+                f"{self.folder} is where unfinished work is kept, and has other files ({others[0]}): move "
+                "them, or give another --out."
+            )
+        _discard(self.folder)
+
     def image(self, name: Path, path: Path) -> ImageJournal:
         """The part of one image, by its name in the results and its file."""
-        return ImageJournal(self.folder / "images" / name, path)
+        return ImageJournal(self.folder / _IMAGES / name, path)
 
     def clear(self) -> None:
         """Remove everything, when the results are written."""
@@ -86,7 +86,7 @@ class ImageJournal:
 
     def __init__(self, folder: Path, image: Path) -> None:
         self.folder = folder
-        stamp = json.dumps([image.stat().st_size, image.stat().st_mtime_ns]).encode()
+        stamp = json.dumps(stamp_of(image)).encode()
         path = folder / _STAMP
         if not path.exists() or path.read_bytes() != stamp:
             _discard(folder)

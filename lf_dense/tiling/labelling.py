@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from pathlib import Path
 
 import numpy as np
 
 from ..files import write_atomically
+from ..training.prediction import label_dtype
 from .cutting import Tile, Tiling, weights_of
-from .journal import reserve
 
 PROGRESS = "rows.json"
-
-
-def label_dtype(num_classes: int) -> type[np.uint8] | type[np.uint16]:
-    """The pixels of a label map with so many classes."""
-    return np.uint8 if num_classes <= 256 else np.uint16
 
 
 class LabelMap:
@@ -103,6 +99,21 @@ def _let_go(*arrays: np.memmap) -> None:
             array.base.madvise(mmap.MADV_DONTNEED)
 
 
+def _reserve(path: Path, size: int) -> None:
+    """Give a file its size and its place on the disk: a mapped file that finds none later kills the process.
+
+    Raises:
+        OSError: there is no place.
+    """
+    if path.exists() and path.stat().st_size == size:
+        return
+    with path.open("wb") as stream:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, size)
+        else:
+            stream.truncate(size)
+
+
 def _mapped(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
-    reserve(path, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    _reserve(path, int(np.prod(shape)) * np.dtype(dtype).itemsize)
     return np.memmap(path, dtype, mode="r+", shape=shape)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import time
 from collections.abc import Iterator
@@ -27,14 +26,15 @@ from ..training.prediction import (
     named_images,
     read_image,
     refuse_unreadable,
+    save_png,
 )
 from ..training.quietness import end_bar, progress_bar
 from .comparing import Agreement, compare_with_whole, peak_text
 from .cutting import Tile, Tiling, check_tile
-from .drawing import SHOWN, draw_detections, draw_labels, save_labels
+from .drawing import SHOWN, draw_detections, draw_labels
 from .finding import detections_of
 from .joining import Detections, Joined, join
-from .journal import FOLDER, ImageJournal, RunJournal
+from .journal import FOLDER, ImageJournal, RunJournal, stamp_of
 from .labelling import LabelMap, finished_rows
 
 if TYPE_CHECKING:
@@ -59,9 +59,8 @@ class TileOptions(NamedTuple):
 def what_predicts(config: Config, checkpoint: str, scale: float) -> dict[str, Any]:
     """What results depend on beside the tiles, for ``predict_tiled``'s ``about``."""
     digest = hashlib.sha256(config.pretty_text.encode()).hexdigest()[:12]
-    path = Path(checkpoint)
-    stamp = f", {path.stat().st_size} bytes of {path.stat().st_mtime:.0f}" if path.is_file() else ""
-    return {"config": digest, "checkpoint": f"{checkpoint}{stamp}", "scale": scale}
+    stamp = stamp_of(Path(checkpoint)) if Path(checkpoint).is_file() else []
+    return {"config": digest, "checkpoint": [checkpoint, *stamp], "scale": scale}
 
 
 def tile_options(
@@ -168,14 +167,29 @@ def predict_tiled(
     check_tile(options.size, options.overlap)
     out = Path(out)
     images = named_images(source, out)
-    settings = {"source": str(Path(source).resolve()), "tile": options.size, "overlap": options.overlap}
-    settings["whole"] = options.whole
-    with _explained(out):
-        journal = RunJournal(out, {**settings, "score_thr": score_thr, **(about or {})})
+    settings = {
+        "source": str(Path(source).resolve()),
+        "tile": options.size,
+        "overlap": options.overlap,
+        "whole": options.whole,
+        "score_thr": score_thr,
+        **(about or {}),
+    }
+    with _full_disk_explained(out):
+        journal = RunJournal(out, settings)
         pictures = picture_names(images)
         reports, records, unreadable = [], {}, []
         for name, image in images.items():
-            work = _ImageWork(predictor, image, name, pictures[name], out, options, score_thr, journal)
+            work = _ImageWork(
+                predictor,
+                image,
+                name,
+                out / "pictures" / pictures[name],
+                out / "labels" / pictures[name],
+                options,
+                score_thr,
+                journal.image(name, image),
+            )
             done = work.run()
             if done is None:
                 unreadable.append(str(image))
@@ -192,7 +206,7 @@ def predict_tiled(
 
 
 @contextlib.contextmanager
-def _explained(out: Path) -> Iterator[None]:
+def _full_disk_explained(out: Path) -> Iterator[None]:
     """Say what a full disk means."""
     try:
         yield
@@ -205,24 +219,18 @@ def _explained(out: Path) -> Iterator[None]:
         ) from error
 
 
+@dataclass
 class _ImageWork:
-    """One image: tiles, then what they make together."""
+    """One image: tiles, then what they make together. ``picture`` and ``labels`` are files to write."""
 
-    def __init__(
-        self,
-        predictor: Predictor,
-        image: Path,
-        name: Path,
-        picture: Path,
-        out: Path,
-        options: TileOptions,
-        score_thr: float,
-        journal: RunJournal,
-    ) -> None:
-        self.predictor, self.image, self.name, self.options = predictor, image, name, options
-        self.picture, self.labels = out / "pictures" / picture, out / "labels" / picture
-        self.score_thr = score_thr
-        self.journal: ImageJournal = journal.image(name, image)
+    predictor: Predictor
+    image: Path
+    name: Path
+    picture: Path
+    labels: Path
+    options: TileOptions
+    score_thr: float
+    journal: ImageJournal
 
     def run(self) -> dict[str, Any] | None:
         """The image's record: its prediction and its report. None where the file is no image."""
@@ -245,9 +253,9 @@ class _ImageWork:
             found = self._segment(pixels, tiling)
             prediction["classes"] = _shares(found, self.predictor.meta["classes"])
         seconds, peak = time.perf_counter() - started, meter.peak()
-        write_atomically(self.picture, self._drawn(pixels, found))
+        save_png(self.picture, self._drawn(pixels, found))
         if isinstance(found, np.ndarray):
-            save_labels(self.labels, found)
+            save_png(self.labels, found)
         whole = None
         if self.options.whole:
             whole = compare_with_whole(self.predictor, pixels, found, self.score_thr)
@@ -300,17 +308,11 @@ class _ImageWork:
         mask = None if found.masks is None else found.masks[index].in_image(*pixels.shape[:2])
         return detection_record(name, float(found.scores[index]), found.boxes[index].tolist(), mask)
 
-    def _drawn(self, pixels: np.ndarray, found: Detections | np.ndarray) -> bytes:
-        from PIL import Image
-
+    def _drawn(self, pixels: np.ndarray, found: Detections | np.ndarray) -> np.ndarray:
         subject = self.predictor, self.image.name, pixels
         if isinstance(found, np.ndarray):
-            picture = draw_labels(*subject, found)
-        else:
-            picture = draw_detections(*subject, found)
-        stream = io.BytesIO()
-        Image.fromarray(picture).save(stream, "png")
-        return stream.getvalue()
+            return draw_labels(*subject, found)
+        return draw_detections(*subject, found)
 
 
 def _shares(labels: np.ndarray, classes: list[str]) -> dict[str, float]:

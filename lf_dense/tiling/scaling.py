@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..frameworks import datasets_of, framework_of, type_name
 
 _RESIZING = ("Resize", "ResizeShortestEdge")
-_FIXED = ("FixShapeResize", "YOLOv5KeepRatioResize", "LetterResize")
+_FIXED = "FixShapeResize"
 
 
 def at_own_scale(config: Config, scale: float = 1.0) -> None:
@@ -36,7 +36,7 @@ def at_own_scale(config: Config, scale: float = 1.0) -> None:
     _refuse_panoptic(config)
     (_, dataset), *_ = datasets_of(config, ("test",))
     steps = list(dataset["pipeline"])
-    places = [index for index, step in enumerate(steps) if type_name(step) in (*_RESIZING, *_FIXED)]
+    places = [index for index, step in enumerate(steps) if type_name(step) in (*_RESIZING, _FIXED)]
     for index in places:
         _refuse_fixed(steps[index])
     scaled: dict[str, Any] = {"type": "Resize", "scale_factor": float(scale), "keep_ratio": True}
@@ -49,7 +49,7 @@ def _refuse_fixed(step: dict[str, Any]) -> None:
     """A step that gives every image one size, whatever its shape."""
     size = step.get("scale") or (step.get("width"), step.get("height"))
     keeps = type_name(step) == "ResizeShortestEdge" or step.get("keep_ratio") or "scale_factor" in step
-    if type_name(step) in _FIXED or not keeps:
+    if type_name(step) == _FIXED or not keeps:
         size = size if isinstance(size, (list, tuple)) else (size, size)
         raise UsageError(
             f"the config resizes every image to {' x '.join(map(str, size))} pixels whatever its shape, so "

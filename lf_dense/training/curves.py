@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -107,9 +106,8 @@ def logged_metric(work_dir: str | Path, metric: str | None = None) -> str:
 def save_figure(figure: Figure, out: str | Path) -> Path:
     """Write a picture whole or not at all, and the folder for it."""
     out = Path(out)
-    content = io.BytesIO()
-    figure.savefig(content, dpi=120, format=out.suffix.lstrip(".") or "png")
-    write_atomically(out, content.getvalue())
+    form = out.suffix.lstrip(".") or "png"
+    write_atomically(out, lambda stream: figure.savefig(stream, dpi=120, format=form))
     return out
 
 

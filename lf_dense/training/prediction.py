@@ -203,6 +203,18 @@ class Predictor:
             yield detection_record(name, float(kept.scores[index]), kept.bboxes[index].tolist(), mask)
 
 
+def label_dtype(num_classes: int) -> type[np.uint8] | type[np.uint16]:
+    """The pixels of a label map with so many classes."""
+    return np.uint8 if num_classes <= 256 else np.uint16
+
+
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    """Write a label map ``(H, W)`` or an RGB picture as a PNG, without a copy of the pixels in memory."""
+    from PIL import Image
+
+    write_atomically(path, lambda stream: Image.fromarray(pixels).save(stream, "png"))
+
+
 def class_shares(counts: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
     """Each class's share of the pixels, from each label's count; without a name it has its number."""
     return {
@@ -288,9 +300,8 @@ def predict_images(
             predicted and written by then.
     """
     import mmcv
-    from PIL import Image
 
-    out = Path(out)
+    out, classes = Path(out), predictor.meta["classes"]
     images = named_images(source, out)
     pictures = picture_names(images)
     records: dict[str, Any] = {}
@@ -313,9 +324,8 @@ def predict_images(
                 **predictor.record(sample, score_thr),
             }
             if "pred_sem_seg" in sample:
-                labels = out / "labels" / pictures[name]
-                labels.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(sample.pred_sem_seg.data.numpy()[0].astype(np.uint8)).save(labels)
+                labels = sample.pred_sem_seg.data.numpy()[0]
+                save_png(out / "labels" / pictures[name], labels.astype(label_dtype(len(classes))))
             if also:
                 try:
                     also(image, name)
@@ -325,9 +335,7 @@ def predict_images(
             bar.update()
     end_bar(bar)
     result = out / "predictions.json"
-    write_atomically(
-        result, json.dumps({"classes": list(predictor.meta["classes"]), "images": records}, indent=1).encode()
-    )
+    write_atomically(result, json.dumps({"classes": list(classes), "images": records}, indent=1).encode())
     refuse_unreadable(unreadable, len(images))
     if refused:
         raise refused[0]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from PIL import Image
 
 pytest.importorskip("mmdet")
 from lf_dense.benchmark.landmarks import make_tables, mean_of, plot
 from lf_dense.frameworks import load_config
 from support.driving import call, refusal
+from support.random_weights import save_random_weights
 
 DEMO = "configs/retinanet_lf_demo.py"
 
@@ -56,13 +56,7 @@ def test_every_size_is_a_line_in_every_stage():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    from mmengine.registry import MODELS, init_default_scope
-
-    config = load_config(DEMO)
-    init_default_scope("mmdet")
-    path = tmp_path_factory.mktemp("weights") / "demo.pth"
-    torch.save({"state_dict": MODELS.build(config.model).state_dict()}, path)
-    return path
+    return save_random_weights(load_config(DEMO), tmp_path_factory.mktemp("weights") / "demo.pth")
 
 
 def test_the_command(weights, tmp_path):

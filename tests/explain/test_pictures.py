@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 pytest.importorskip("mmengine")
@@ -19,6 +18,7 @@ from lf_dense.explain.placing import Subject
 from lf_dense.frameworks import load_config
 from support import ROOT
 from support.driving import call, refused
+from support.random_weights import save_random_weights
 
 DEMO = "configs/retinanet_lf_demo.py"
 TOOL = "visualize_attention.py"
@@ -67,13 +67,7 @@ def test_features_and_receptive_fields(subject, photo, tmp_path):
 @pytest.fixture(scope="module")
 def demo_weights(tmp_path_factory):
     pytest.importorskip("mmdet")
-    from mmengine.registry import MODELS, init_default_scope
-
-    config = load_config(str(ROOT / DEMO))
-    init_default_scope("mmdet")
-    path = tmp_path_factory.mktemp("weights") / "demo.pth"
-    torch.save({"state_dict": MODELS.build(config.model).state_dict()}, path)
-    return path
+    return save_random_weights(load_config(str(ROOT / DEMO)), tmp_path_factory.mktemp("weights") / "demo.pth")
 
 
 def test_a_predictor_s_model_is_explained(demo_weights, photo, tmp_path):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lf_dense.tiling.cutting import Tiling, weights_of
-from lf_dense.tiling.labelling import LabelMap, finished_rows, label_dtype
+from lf_dense.tiling.labelling import LabelMap, finished_rows
+from lf_dense.training.prediction import label_dtype
 
 
 def tile_logits(tiling, classes, seed=0):

@@ -25,6 +25,7 @@ from lf_dense.tiling.comparing import Agreement
 from lf_dense.tiling.cutting import Tiling
 from lf_dense.tiling.journal import FOLDER
 from support.driving import call, command, kill_after, refusal, refused
+from support.random_weights import save_random_weights
 
 DEMO = "configs/retinanet_lf_demo.py"
 CAMVID = "configs/segmentation/fpn_lf-tiny_4k_camvid-360x360.py"
@@ -125,7 +126,7 @@ def test_the_whole_image_beside_the_tiles(oracle, image, tmp_path):
     path, _, objects = image
     report = predict_tiled(oracle("mmdet"), path, tmp_path / "out", OPTIONS._replace(whole=True))
     whole = report.images[0].whole
-    assert (whole.of_whole, whole.of_tiles, whole.counts) == (1, 1, (len(objects),) * 2)
+    assert (whole.matched, *whole.counts) == (len(objects),) * 3
     assert whole.peak_bytes > 2**20
     assert "100.0% of its" in str(whole)
 
@@ -241,6 +242,15 @@ def test_unfinished_work_of_another_command_is_refused(oracle, image, tmp_path):
         predict_tiled(oracle("mmdet"), image[0], tmp_path / "out", TileOptions(128, 32))
     with pytest.raises(UsageError, match="another scale"):
         predict_tiled(oracle("mmdet"), image[0], tmp_path / "out", OPTIONS, about={"scale": 2})
+
+
+def test_somebody_else_s_folder_is_left_alone(oracle, image, tmp_path):
+    notes = tmp_path / "out" / FOLDER / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    with pytest.raises(UsageError, match=r"has other files \(notes\.txt\): move them, or give another --out"):
+        predict_tiled(oracle("mmdet"), image[0], tmp_path / "out", OPTIONS)
+    assert notes.read_text() == "mine"
 
 
 def test_an_image_that_changed_meanwhile_is_begun_again(oracle, image, make_scene, tmp_path):
@@ -375,15 +385,10 @@ def test_factors_that_scale_nothing_are_refused():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Random weights of the demo's detector and of the CamVid segmentor."""
-    from mmengine.registry import MODELS, init_default_scope
-
     out = tmp_path_factory.mktemp("weights")
     for name, path in (("det", DEMO), ("seg", CAMVID)):
-        config = load_config(path)
-        init_default_scope(config.default_scope)
         torch.manual_seed(0)
-        model = MODELS.build({**config.model, "data_preprocessor": config.model.data_preprocessor})
-        torch.save({"state_dict": model.state_dict()}, out / f"{name}.pth")
+        save_random_weights(load_config(path), out / f"{name}.pth")
     return out
 
 

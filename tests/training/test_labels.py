@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from support.driving import COCO_OPTIONS, ROOT, call, refusal
+from support.random_weights import save_random_weights
 
 pytest.importorskip("mmengine")
 from PIL import Image
@@ -69,14 +70,9 @@ def test_coco_s_91_ids_are_80_classes_and_come_back(mmdet, shared_data, tmp_path
     for category in categories:
         assert dataset.metainfo["classes"][dataset.cat2label[category["id"]]] == category["name"]
 
-    checkpoint = tmp_path / "random.pth"
     config = load_config(RETINANET)
-    import torch
-    from mmengine.registry import MODELS, init_default_scope
-
-    init_default_scope("mmdet")
     config.model.backbone.init_cfg = None
-    torch.save({"state_dict": MODELS.build(config.model).state_dict()}, checkpoint)
+    checkpoint = save_random_weights(config, tmp_path / "random.pth")
     written = tmp_path / "results"
     changes = (f"data_root={coco}", *COCO_OPTIONS, f"test_evaluator.outfile_prefix={written}")
     call("test.py", RETINANET, checkpoint, "--work-dir", tmp_path, "--cfg-options", *changes)

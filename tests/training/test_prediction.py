@@ -21,6 +21,7 @@ from lf_dense.files import picture_names
 from lf_dense.frameworks import load_config
 from lf_dense.training.prediction import Predictor, dataset_meta, find_images, predict_images
 from support import ROOT
+from support.random_weights import save_random_weights
 
 DEMO = "configs/retinanet_lf_demo.py"
 
@@ -95,12 +96,8 @@ def test_a_classification_s_record():
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
     """The demo's detector with random weights, and a threshold that lets some boxes through."""
-    from mmengine.registry import MODELS, init_default_scope
-
     config = load_config(DEMO, {"model.test_cfg.score_thr": 0.0})
-    init_default_scope("mmdet")
-    path = tmp_path_factory.mktemp("weights") / "demo.pth"
-    torch.save({"state_dict": MODELS.build(config.model).state_dict()}, path)
+    path = save_random_weights(config, tmp_path_factory.mktemp("weights") / "demo.pth")
     return Predictor(config, str(path), "cpu")
 
 
@@ -183,12 +180,9 @@ def test_files_that_are_no_images_are_named_after_the_others_are_done(predictor,
 def test_classes_have_to_be_known_from_somewhere(tmp_path):
     config = load_config(DEMO)
     config.test_dataloader.dataset.metainfo = {}
-    from mmengine.registry import MODELS, init_default_scope
-
-    init_default_scope("mmdet")
-    torch.save({"state_dict": MODELS.build(config.model).state_dict()}, tmp_path / "x.pth")
+    path = save_random_weights(config, tmp_path / "x.pth")
     with pytest.raises(UsageError, match="names the classes: set test_dataloader"):
-        Predictor(config, str(tmp_path / "x.pth"), "cpu")
+        Predictor(config, str(path), "cpu")
 
 
 def test_classes_that_only_the_data_set_knows():
