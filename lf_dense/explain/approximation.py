@@ -22,13 +22,6 @@ from .rows import Kernel, exact_rows, nystroem_rows
 PASSES = 5
 
 
-class Place(NamedTuple):
-    """Where landmarks come from: ``take`` gives ``(heads, m, d)`` for a layer and its cells along a side."""
-
-    title: str
-    take: Callable[[LayerInputs, int], Tensor]
-
-
 class Cost(NamedTuple):
     """What one choice of landmarks costs in one layer, for one image.
 
@@ -85,11 +78,17 @@ def _random(inputs: LayerInputs, side: int) -> Tensor:
     return inputs.q[:, chosen]
 
 
-PLACES = {
-    "grid": Place("averages over a square grid", lambda inputs, side: pooled(inputs, side, side)),
-    "shaped": Place("averages over a grid of the map's proportions", _shaped),
-    "centres": Place("queries in the middle of the cells", _centres),
-    "random": Place("random queries", _random),
+def _square(inputs: LayerInputs, side: int) -> Tensor:
+    """Averages over a square grid, as the layer has them."""
+    return pooled(inputs, side, side)
+
+
+# Where landmarks come from: each gives (heads, m, d) for a layer and a number of cells along a side.
+PLACES: dict[str, Callable[[LayerInputs, int], Tensor]] = {
+    "grid": _square,
+    "shaped": _shaped,
+    "centres": _centres,
+    "random": _random,
 }
 
 
@@ -133,7 +132,7 @@ def costs(
         if kernel == "laplacian":
             choices += [(place, place_side) for place in PLACES if place != "grid"]
         for place, side in choices:
-            landmarks = PLACES[place].take(inputs, side)
+            landmarks = PLACES[place](inputs, side)
             chosen = replace(inputs, landmarks=landmarks)
             weights, _ = nystroem_rows(chosen, tokens, KERNELS[kernel])
             error = torch.linalg.vector_norm(weights @ inputs.v - exact)

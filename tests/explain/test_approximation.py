@@ -74,7 +74,7 @@ def test_pooled_landmarks_are_the_layers_own(layers):
 def test_places(layers):
     inputs = layers[0]
     height, width = inputs.hw_shape
-    taken = {name: place.take(inputs, 3) for name, place in PLACES.items()}
+    taken = {name: place(inputs, 3) for name, place in PLACES.items()}
     assert taken["grid"].shape[1] == taken["centres"].shape[1] == taken["random"].shape[1] == 9
     # 24 x 40 tokens: two rows of four or five cells.
     assert taken["shaped"].shape[1] == 2 * round(9 / 2)
@@ -83,7 +83,7 @@ def test_places(layers):
         :, :, [width // 6, width // 2, width * 5 // 6]
     ]
     assert torch.equal(taken["centres"], middle.flatten(1, 2))
-    assert torch.equal(taken["random"], PLACES["random"].take(inputs, 3))
+    assert torch.equal(taken["random"], PLACES["random"](inputs, 3))
     rows = {tuple(row) for row in inputs.q[0].tolist()}
     assert {tuple(row) for row in taken["random"][0].tolist()} <= rows
 
@@ -91,7 +91,7 @@ def test_places(layers):
 def test_places_of_a_map_smaller_than_the_grid(layers):
     inputs = layers[-1]
     for place in PLACES.values():
-        landmarks = place.take(inputs, 30)
+        landmarks = place(inputs, 30)
         assert landmarks.shape[1] <= inputs.q.shape[1]
         assert torch.isfinite(landmarks).all()
 
