@@ -28,7 +28,8 @@ import torch
 from ..errors import UsageError
 from ..presets import EPS, KERNEL_SCALE, NEWTON_ITERS, TAU
 from .cases import Case, build_cases
-from .report import markdown_head, markdown_row
+from .options import check_folder
+from .report import Record, markdown_head, markdown_row, write_json
 from .sass import Kernel, cubin_kernels, read_code
 from .schedule import LATENCY, MACHINES, SCHEDULERS, Costs, Machine, blocks_at_once, clocks_of
 from .warps import LANES, Warp
@@ -185,16 +186,15 @@ def build(architecture: str) -> Operators:
     torch.ops.load_library(str(folder / "operators.so"))
     library = ctypes.CDLL(str(folder / "operators.so"))
     kernels: dict[str, Kernel] = {}
-    cubins, reports = {}, {}
+    cubins: dict[str, Path] = {}
+    reports: dict[str, str] = {}
     for cubin in sorted(folder.glob(f"*.{architecture}.cubin")):
         found = cubin_kernels(cubin)
         kernels.update(found)
         cubins.update(dict.fromkeys(found, cubin))
+    entry = re.compile(r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry|\Z)", re.S)
     for path in folder.glob("*.report"):
-        for name, text in re.findall(
-            r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry|\Z)", path.read_text(), re.S
-        ):
-            reports[name] = text
+        reports.update(entry.findall(path.read_text()))
     sizes = [
         f"{kernel.name} {' '.join(str(size) for _, size in kernel.parameters)}\n"
         for kernel in kernels.values()
@@ -444,42 +444,54 @@ def documented_cases() -> list[Case]:
     return found
 
 
-def totals(operators: Operators, case: Case, readings: Sequence[Reading]) -> str:
-    """The estimates of a case, as one line."""
+def estimates(operators: Operators, case: Case, readings: Sequence[Reading]) -> list[Record]:
+    """What each pass of a case is thought to take."""
     launches = len(launches_of(operators, attention(operators, forward_only(case))))
-    parts = [f"forward {milliseconds(readings[:launches]):.3f} ms in {launches} launches"]
-    if case.direction != "forward":
-        parts.append(f"forward and backward {milliseconds(readings):.3f} ms in {len(readings)} launches")
-    return ", ".join(parts)
+    about = {"size": case.size, "stage": case.stage, "landmarks": case.landmarks}
+    parts = {"forward": readings[:launches], case.direction: readings}
+    return [
+        {**about, "pass": name, "estimated_ms": milliseconds(part), "launches": len(part)}
+        for name, part in parts.items()
+    ]
 
 
-def report(architecture: str, say: Callable[[str], object] = print) -> None:
-    """Print everything that is read for an architecture."""
+def report(architecture: str, say: Callable[[str], object] = print) -> list[Record]:
+    """Print everything that is read for an architecture; returns the estimates."""
     operators = build(architecture)
     say(f"## {architecture}\n\n{assumptions(operators.machine)}")
+    found: list[Record] = []
     for case in documented_cases():
         readings = read(operators, attention(operators, case), case.batch * case.heads)
+        rows = estimates(operators, case, readings)
+        found += rows
         where = f"{case.size_text}, stage {case.stage}, {case.landmarks} landmarks"
-        say(f"\n### {where}: {totals(operators, case, readings)}\n\n{kernel_table(readings, tiles_of(case))}")
+        passes = [f"{row['pass']} {row['estimated_ms']:.3f} ms in {row['launches']} launches" for row in rows]
+        say(f"\n### {where}: {', '.join(passes)}\n\n{kernel_table(readings, tiles_of(case))}")
         if case.direction != "forward":
             say(f"\n{loop_table(readings)}")
-        guessed = sorted(
-            {reading.launch.name for reading in readings if any(block.guesses for _, block in reading.kinds)}
-        )
-        if guessed:
-            say(f"\nBranches on numbers, taken as false, are in {', '.join(guessed)}.")
+        guessing = {each.launch.name for each in readings if any(block.guesses for _, block in each.kinds)}
+        if guessing:
+            say(f"\nBranches on numbers, counted as not taken, are in {', '.join(sorted(guessing))}.")
+    return found
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of tools/read_kernels.py."""
+    known = ", ".join(MACHINES)
     parser.add_argument(
         "--arch",
         nargs="+",
         default=["sm_80", "sm_90"],
         metavar="SM",
-        help=f"of {', '.join(MACHINES)} (default: both A100's and H100's)",
+        help=f"of {known} (default: sm_80 sm_90)",
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last one's estimates there too")
 
 
 def run_command_line(args: argparse.Namespace) -> None:
+    if args.json:
+        check_folder("--json", args.json)
     for architecture in args.arch:
-        report(architecture)
+        found = report(architecture)
+        if args.json:
+            write_json(args.json, {"architecture": architecture}, found)
