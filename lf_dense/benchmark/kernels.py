@@ -117,16 +117,18 @@ class Reading:
 
     @property
     def slots(self) -> int:
-        """Of all blocks, but for those at the head of the grid that do another work."""
-        _, usual = self.usual
-        return sum(
-            n * block.slots() for n, block in self.kinds if 0.75 < block.slots() / usual.slots() < 1.25
-        )
+        """Of all blocks, but for those that do another work."""
+        return sum(count * block.slots() for count, block in self.kinds if not self.is_other(block))
 
     @property
-    def usual(self) -> tuple[int, Block]:
-        """The kind of block that most of the work is in."""
-        return max(self.kinds, key=lambda kind: kind[0] * kind[1].slots())
+    def usual(self) -> Block:
+        """The kind of block that most of the work is in; the solver's few are dear, and are not it."""
+        return max(self.kinds[::-1], key=lambda kind: kind[0])[1]
+
+    def is_other(self, block: Block) -> bool:
+        """Whether a block goes another way through the kernel than most."""
+        ours, usual = block.counts(), self.usual.counts()
+        return sum(ours[at] for at in usual) < ours.total() / 2
 
 
 def find_tool(name: str, package: str) -> str:
@@ -257,7 +259,7 @@ def launches_of(operators: Operators, call: Callable[[], object]) -> list[Launch
 def read_launch(operators: Operators, words: list[str]) -> Launch:
     name, numbers, values = words[0], [int(word) for word in words[1:8]], words[8:]
     kernel = operators.kernels[name]
-    grid, block = tuple(numbers[:3]), tuple(numbers[3:6])
+    grid, block = numbers[:3], numbers[3:6]
     constants = bytearray(kernel.parameters_at + 4096)
     # Where kernels find the shapes of block and grid; parameters come after them.
     for at in (0, 0x360):
@@ -266,7 +268,8 @@ def read_launch(operators: Operators, words: list[str]) -> Launch:
     for (offset, size), value in zip(kernel.parameters, values):
         at = kernel.parameters_at + offset
         constants[at : at + size] = bytes.fromhex(value)
-    return Launch(kernel, short_name(name), grid, block, numbers[6], bytes(constants))  # type: ignore[arg-type]
+    shapes = (grid[0], grid[1], grid[2]), (block[0], block[1], block[2])
+    return Launch(kernel, short_name(name), *shapes, numbers[6], bytes(constants))
 
 
 def load_code(operators: Operators, kernels: Iterable[Kernel]) -> None:
@@ -280,28 +283,66 @@ def load_code(operators: Operators, kernels: Iterable[Kernel]) -> None:
             kernel.code = code[kernel.name]
 
 
+def place_of(launch: Launch, index: int) -> tuple[int, int, int]:
+    across, down, _ = launch.grid
+    return index % across, index // across % down, index // across // down
+
+
+def follow_warp(launch: Launch, index: int, number: int = 0) -> Warp:
+    warp = Warp(launch.kernel, launch.constants, place_of(launch, index), number, launch.threads)
+    warp.run()
+    return warp
+
+
 def follow(launch: Launch, index: int) -> Block:
     """What a block of a launch issues."""
-    across, down, _ = launch.grid
-    place = (index % across, index // across % down, index // across // down)
-    traces, wavefronts, guesses = [], collections.Counter[int](), set()
-    for number in range(-(-launch.threads // LANES)):
-        warp = Warp(launch.kernel, launch.constants, place, number, launch.threads)
-        warp.run()
-        traces.append(warp.issued)
+    warps = [follow_warp(launch, index, number) for number in range(-(-launch.threads // LANES))]
+    wavefronts = collections.Counter[int]()
+    for warp in warps:
         wavefronts.update(warp.conflicts)
-        guesses |= warp.guesses
-    return Block(traces, dict(wavefronts), guesses)
+    guesses = set[int]().union(*(warp.guesses for warp in warps))
+    return Block([warp.issued for warp in warps], dict(wavefronts), guesses)
 
 
 def kinds_of(launch: Launch, heads: int) -> list[tuple[int, Block]]:
-    """Blocks by what they issue: the grid's first, one for each head, may do another work than the rest.
+    """Blocks in the grid's order by what they issue: how many in a row are like one that is followed.
 
-    The last of a head, with what is left of its tokens, counts as a whole one.
+    Blocks are told apart by the length of their first warp. Between two that are alike, and are like the one
+    halfway, all are taken to be alike. The grid's first blocks, one for each head, may do another work.
     """
-    if launch.blocks <= heads:
-        return [(launch.blocks, follow(launch, 0))]
-    return [(heads, follow(launch, 0)), (launch.blocks - heads, follow(launch, (heads + launch.blocks) // 2))]
+
+    @functools.cache
+    def length(index: int) -> int:
+        return len(follow_warp(launch, index).issued)
+
+    def alike(*indices: int) -> bool:
+        lengths = [length(index) for index in indices]
+        return max(lengths) <= 1.04 * min(lengths)
+
+    def runs(first: int, last: int) -> list[tuple[int, int]]:
+        middle = (first + last) // 2
+        if alike(first, middle, last):
+            return [(first, last)]
+        if last - first == 1:
+            return [(first, first), (last, last)]
+        return [*runs(first, middle), *runs(middle + 1, last)]
+
+    last = launch.blocks - 1
+    found = runs(0, last) if last < heads else [*runs(0, heads - 1), *runs(heads, last)]
+    joined = found[:1]
+    for run in found[1:]:
+        if alike(joined[-1][0], run[0]) and run[0] != heads:
+            joined[-1] = (joined[-1][0], run[1])
+        else:
+            joined.append(run)
+    blocks: dict[int, Block] = {}
+    kinds = []
+    for first, last in joined:
+        known = next((index for index in blocks if length(index) == length(first)), None)
+        if known is None:
+            blocks[first] = follow(launch, first)
+        kinds.append((last - first + 1, blocks[first if known is None else known]))
+    return kinds
 
 
 def read(operators: Operators, call: Callable[[], object], heads: int = 1) -> list[Reading]:
@@ -325,26 +366,25 @@ def read_one(operators: Operators, launch: Launch, heads: int) -> Reading:
 
 
 def estimate(reading: Reading, machine: Machine) -> None:
-    """The time of a launch: blocks go to the multiprocessor that is free first."""
+    """The time of a launch: blocks go in their order to the multiprocessor that is free first.
+
+    A multiprocessor's blocks share it evenly, so that one takes its share of the clocks of a full house. A
+    block that does another work runs beside them, and no launch ends before it.
+    """
     costs = Costs(reading.launch.kernel, machine)
     together = min(reading.at_once, -(-reading.launch.blocks // machine.processors))
+    usual = reading.usual
+    reading.clocks = clocks_of([usual.traces] * together, costs, usual.clocks_of_accesses())
     loads = [0.0] * machine.processors
-    count, usual = reading.usual
-    full = clocks_of([usual.traces] * together, costs, usual.clocks_of_accesses())
-    for _ in range(count):
-        heapq.heapreplace(loads, loads[0] + full / together)
-    longest = max(loads)
-    reading.clocks = full
     for count, block in reading.kinds:
-        if block is not usual and not 0.75 < block.slots() / usual.slots() < 1.25:
-            # Another work, beside the rest.
-            reading.other_clocks = clocks_of([block.traces], costs, block.clocks_of_accesses())
-            longest = max(longest, reading.other_clocks)
-        elif block is not usual:
-            for _ in range(count):
-                heapq.heapreplace(loads, loads[0] + full / together)
-            longest = max(longest, *loads)
-    reading.microseconds = longest / machine.gigahertz / 1000
+        if reading.is_other(block):
+            clocks = clocks_of([block.traces], costs, block.clocks_of_accesses())
+            reading.other_clocks = max(reading.other_clocks, clocks)
+            continue
+        share = reading.clocks / together * block.slots() / usual.slots()
+        for _ in range(count):
+            heapq.heapreplace(loads, loads[0] + share)
+    reading.microseconds = max(*loads, reading.other_clocks) / machine.gigahertz / 1000
 
 
 def attention(operators: Operators, case: Case) -> Callable[[], object]:
@@ -388,7 +428,7 @@ def kernel_table(readings: Sequence[Reading], tiles: int) -> str:
 
 def loop_rows(reading: Reading, least_share: float = 0.04) -> list[list[object]]:
     """The loops in which a block spends its slots: turns of all warps, and a turn's instructions by unit."""
-    _, block = reading.usual
+    block = reading.usual
     counts = block.counts()
     total = sum(counts.values())
     code = reading.launch.kernel.code
