@@ -261,7 +261,8 @@ def reader(text: str) -> Callable[[Warp], Value]:
     if text in ("RZ", "URZ", "SRZ"):
         return lambda warp: 0
     if re.match(r"^U?R\d+$", text):
-        return lambda warp: warp.registers.get(text)
+        # What nobody has written may hold anything: compilers keep flags in such registers, bit by bit.
+        return lambda warp: warp.registers.get(text, 0)
     if re.match(r"^-?0x[0-9a-f]+$", text):
         number = int(text, 16) & WORD
         return lambda warp: number
@@ -575,9 +576,10 @@ COMMON_TABLES: dict[int, Callable[[Value, Value, Value], Value]] = {
 
 
 def logic(line: Instruction) -> Action:
-    result, written, sources, _ = split(line)
+    result, written, sources, joined = split(line)
     if is_predicate(result):
         written, (result, *sources) = [result, *written], sources
+    how = "AND" if "PAND" in line.modifiers else "OR"
     table = int(sources[-1], 16)
     readers = [reader(text) for text in sources[:-1]]
     operation = COMMON_TABLES.get(table) or (lambda a, b, c: table_of([a, b, c], table))
@@ -595,7 +597,8 @@ def logic(line: Instruction) -> Action:
         value = operation(*values)
         warp.write(result, value, lanes)
         for target in written:
-            warp.decide(target, value != 0, lanes)
+            answer = value != 0
+            warp.decide(target, combined(how, answer, warp.test(joined[0])) if joined else answer, lanes)
 
     return act
 

@@ -160,6 +160,20 @@ def test_a_division_of_integers_is_followed():
     assert done.registers["R6"] == 100 // 7
 
 
+def test_flags_in_an_unwritten_register_and_joined_conditions_are_followed():
+    done = follow(
+        "LOP3.LUT R7, R7, 0xfffffffe, RZ, 0xc0, !PT",
+        "LOP3.LUT R7, R7, 0x1, RZ, 0xfc, !PT",
+        "LOP3.LUT P0, RZ, R7, 0x1, RZ, 0xc0, !PT",
+        "LOP3.LUT P1, RZ, R7, 0x2, RZ, 0xc0, P0",
+        "@P1 BRA `(0x60)",
+        "EXIT",
+        "EXIT",
+    )
+    assert done.issued[-1] == 6
+    assert done.guesses == set()
+
+
 def test_a_condition_on_numbers_is_false_and_told_of():
     lines = ["FSETP.GT.AND P0, PT, R0, R1, PT", "@P0 BRA `(0x30)", "EXIT", "EXIT"]
     done = follow(*lines)
