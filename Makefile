@@ -64,4 +64,4 @@ sanitize: setup
 	@$(RUN) tools/sanitize.py
 
 gpu-check:
-	@$(PYTHON) tools/gpu_check.py $(if $(OUT),--out $(OUT))
+	@$(PYTHON) tools/gpu_check.py $(if $(OUT),--out $(OUT)) $(if $(AGAINST),--against $(AGAINST))

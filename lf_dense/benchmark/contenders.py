@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,11 +13,15 @@ from torch.nn import functional as F
 
 from .. import functional
 from ..backends import native
+from ..errors import UsageError, reason_of
+from ..presets import EPS, KERNEL_SCALE, NEWTON_ITERS, TAU
 from .cases import Case, Problem, pool_by_ratio, pool_to_grid
 
-SAME_FUNCTION = ("native", "reference", "compile")
+# Somebody else's attention, of a file that --peer names.
+PEER = "peer"
+SAME_FUNCTION = ("native", "reference", "compile", PEER)
 OTHER_ATTENTIONS = ("sdpa", "sra", "linear-sra")
-CONTENDERS = SAME_FUNCTION + OTHER_ATTENTIONS
+CONTENDERS = ("native", "reference", "compile", *OTHER_ATTENTIONS)
 # Not an option: it takes part beside native, and measures the arithmetic that a kernel matrix cannot avoid.
 FLOOR = "floor"
 
@@ -23,6 +29,29 @@ FLOOR = "floor"
 REDUCTIONS = (8, 4, 2, 1)
 # PVTv2's linear variant pools any map to this one.
 LINEAR_GRID = (7, 7)
+
+
+def load_peer(path: Path) -> Callable[..., Tensor]:
+    """Return a call of the function ``attention(q, k, v, landmarks, scale, iters, eps, tau)`` of a file.
+
+    Raises:
+        UsageError: the file cannot be imported, or has no such function.
+    """
+    spec = importlib.util.spec_from_file_location("lf_dense_peer", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--peer {path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        attention = module.attention
+    # The file is the user's: whatever it raises is what to mend.
+    except Exception as error:
+        raise UsageError(f"--peer {path} has no attention to call: {reason_of(error)}.") from None
+    return lambda q, k, v, landmarks: attention(q, k, v, landmarks, KERNEL_SCALE, NEWTON_ITERS, EPS, TAU)
+
+
+# The call of the peer, where one takes part.
+peers: dict[str, Callable[..., Tensor]] = {}
 
 
 def implementation(case: Case, name: str) -> Callable[..., Tensor]:
@@ -36,6 +65,8 @@ def implementation(case: Case, name: str) -> Callable[..., Tensor]:
         return lambda q, k, v: reduced_attention(
             q, k, v, lambda x: pool_to_grid(x, case.map_shape, LINEAR_GRID)
         )
+    if name == PEER:
+        return peers[PEER]
     function: Callable[..., Tensor] = getattr(functional, case.op)
     backend = "native" if name == "native" else "reference"
     return lambda *inputs: function(*inputs, backend=backend)

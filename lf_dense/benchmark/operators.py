@@ -21,7 +21,7 @@ from ..errors import UsageError
 from ..presets import LANDMARK_GRID, NUM_STAGES
 from . import contenders
 from .cases import OPS, PASSES, Case, build_cases
-from .contenders import CONTENDERS, FLOOR, OTHER_ATTENTIONS, SAME_FUNCTION
+from .contenders import CONTENDERS, FLOOR, OTHER_ATTENTIONS, PEER, SAME_FUNCTION
 from .contest import Limits, measure
 from .operator_report import heading, records, table_head, table_row
 from .options import check_folder, find_device, image_size, positive_float, positive_int, square
@@ -82,6 +82,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=CONTENDERS,
         help="implementations; the last three are other attentions, on the same q, k and v (default: all)",
     )
+    add(
+        "--peer",
+        type=Path,
+        metavar="FILE.py",
+        help="its attention(q, k, v, landmarks, scale, iters, eps, tau) takes part beside the attention",
+    )
     add("--dtype", choices=list(DTYPES), default="float32", help="of the inputs (default: %(default)s)")
     add("--batch-size", type=positive_int, default=1, metavar="N", help="images (default: %(default)s)")
     add(
@@ -137,6 +143,9 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
         args.max_macs = MAX_MACS[args.device.type]
     if args.json:
         check_folder("--json", args.json)
+    if args.peer:
+        contenders.peers[PEER] = contenders.load_peer(args.peer)
+        args.contenders = [*args.contenders, PEER]
     return args
 
 
@@ -169,7 +178,8 @@ def _run_cases(args: argparse.Namespace) -> Iterator[str]:
     print(heading(about, on_cuda, wants_native))
     results: list[Record] = []
     for op, cases in itertools.groupby(chosen_cases(args), key=lambda case: case.op):
-        columns = [name for name in names if name in SAME_FUNCTION or op == "laplacian_attention"]
+        of_all = [name for name in SAME_FUNCTION if name != PEER]
+        columns = [name for name in names if name in of_all or op == "laplacian_attention"]
         if op == "laplacian_kernel" and with_floor:
             columns.insert(columns.index("native") + 1, FLOOR)
         print(f"\n### {op}\n\n{table_head(columns, on_cuda)}", flush=True)

@@ -151,25 +151,28 @@ std::tuple<Tensor, Tensor> laplacian_kernel_backward(const Tensor& grad, const T
   return {dx, dy};
 }
 
+// Pairs of a thread in one step of the floor's loop.
+constexpr int kFloorPairs = 16;
+
+// What a pair of channels costs at the least: a subtraction, and an addition that drops the sign. Each
+// difference starts from the one before, so that the compiler can take none out of the loop.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) floor_loop(int64_t steps, float* out) {
-  constexpr int count = 16;
-  float sum[count] = {};
-  float here = static_cast<float>(threadIdx.x);
-  for (int64_t step = 0; step < steps; ++step) {
-    const float there = static_cast<float>(step & 7);
+__global__ void __launch_bounds__(kThreads) floor_loop(int steps, T there, T* out) {
+  T sum[kFloorPairs] = {}, difference[kFloorPairs];
 #pragma unroll
-    for (int j = 0; j < count; ++j) {
-      sum[j] += fabsf(here - (there + j));
-#if !defined(LF_CUDA_EMULATION)
-      asm volatile("" : "+f"(here));  // keeps the subtraction from being shared between the sums
-#endif
+  for (int j = 0; j < kFloorPairs; ++j) difference[j] = static_cast<T>(threadIdx.x + j);
+#pragma unroll 8
+  for (int step = 0; step < steps; ++step) {
+#pragma unroll
+    for (int j = 0; j < kFloorPairs; ++j) {
+      difference[j] -= there;
+      sum[j] += absolute(difference[j]);
     }
   }
-  float total = 0;
+  T total = 0;
 #pragma unroll
-  for (int j = 0; j < count; ++j) total += sum[j];
-  if (total == -1.0f || (blockIdx.x == 0 && threadIdx.x == 0)) *out = total;
+  for (int j = 0; j < kFloorPairs; ++j) total += sum[j];
+  if (total == T{-1} || (blockIdx.x == 0 && threadIdx.x == 0)) *out = total;
 }
 
 Tensor arithmetic_floor(const Tensor& like, int64_t pairs) {
@@ -178,8 +181,10 @@ Tensor arithmetic_floor(const Tensor& like, int64_t pairs) {
   int device = 0, processors = 0;
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  const int64_t blocks = processors * 4, steps = std::max<int64_t>(1, pairs / (16 * kThreads * blocks));
-  launch(floor_loop<float>, blocks, kThreads, 0, like, steps, data<float>(out));
+  const int64_t blocks = processors * 4,
+                steps = std::max<int64_t>(1, pairs / (kFloorPairs * kThreads * blocks));
+  launch(floor_loop<float>, blocks, kThreads, 0, like, static_cast<int>(std::min<int64_t>(steps, INT32_MAX)),
+         0.5f, data<float>(out));
   return out;
 }
 
