@@ -55,7 +55,10 @@ def build_model(config: Config, checkpoint: str | None) -> tuple[Any, dict[str, 
     if checkpoint:
         load_weights(model, checkpoint, loaded.get("state_dict", loaded))
     else:
+        # mmengine would print how every parameter was made, which belongs in a training's log file.
+        model._dump_init_info = lambda *_: None
         model.init_weights()
+        del model._dump_init_info
     return model, loaded
 
 
