@@ -121,12 +121,35 @@ __device__ inline void store(char* address, DType dtype, T value) {
   }
 }
 
-// The first row of a head, without the divisions of 64 bits that View::row takes.
-__device__ inline char* head_of(const View& view, int64_t head) {
-  const unsigned per_image = static_cast<unsigned>(view.size[1]), index = static_cast<unsigned>(head);
-  return view.data + (index / per_image * view.stride[0] + index % per_image * view.stride[1]) *
-                         static_cast<int64_t>(item_size(view.dtype));
+// The same, of which the compiler is not told: what follows from it is computed where it is needed, and not
+// kept in registers throughout a loop.
+template <typename U>
+__device__ inline U again(U number) {
+#if !defined(LF_CUDA_EMULATION)
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
 }
+
+// A head of batch x heads, and of which image it is which: the division is done once, and in 32 bits.
+struct Head {
+  unsigned index, image, number;
+
+  __device__ Head(const View& view, int64_t head)
+      : index(static_cast<unsigned>(head)),
+        image(index / static_cast<unsigned>(view.size[1])),
+        number(index % static_cast<unsigned>(view.size[1])) {}
+  __device__ char* of(const View& view) const {
+    return view.data + (image * view.stride[0] + number * view.stride[1]) * item_size(view.dtype);
+  }
+  // Where the head's part of a contiguous array begins.
+  __device__ int64_t start(int64_t size) const { return index * size; }
+  __device__ Head again() const {
+    Head same = *this;
+    same.index = lf::again(index), same.image = lf::again(image), same.number = lf::again(number);
+    return same;
+  }
+};
 
 __device__ inline void widen(const float* from, Four<float>& to) {
   const float4 all = *reinterpret_cast<const float4*>(from);
@@ -153,8 +176,10 @@ struct Rows {
   int channels;
   DType dtype;
 
-  __device__ static Rows of(const View& view, int64_t head) {
-    return {head_of(view, head), view.stride[2], view.stride[3], static_cast<int>(view.size[3]), view.dtype};
+  __device__ static int channels_of(const View& view) { return static_cast<int>(view.size[3]); }
+  __device__ static Rows of(const View& view, int64_t head) { return of(view, Head(view, head)); }
+  __device__ static Rows of(const View& view, const Head& head) {
+    return {head.of(view), view.stride[2], view.stride[3], static_cast<int>(view.size[3]), view.dtype};
   }
   template <typename T>
   __device__ static Rows of(const T* matrix, int channels) {
@@ -207,11 +232,12 @@ __device__ inline void narrow(float value, __half& to) { to = __float2half(value
 template <typename S, int DK>
 struct Quads {
   static constexpr int channels = DK * kWarp;
+  __device__ static constexpr int channels_of(const View&) { return channels; }
   S* data;
   int row_stride;
 
-  __device__ static Quads of(const View& view, int64_t head) {
-    return {reinterpret_cast<S*>(head_of(view, head)), static_cast<int>(view.stride[2])};
+  __device__ static Quads of(const View& view, const Head& head) {
+    return {reinterpret_cast<S*>(head.of(view)), static_cast<int>(view.stride[2])};
   }
   __device__ static Quads of(const S* matrix, int) { return {const_cast<S*>(matrix), channels}; }
   __device__ Quads from(int64_t row) const { return {data + row * row_stride, row_stride}; }

@@ -56,15 +56,16 @@ struct KeyMemory {
   T* columns;
   int64_t bytes;
 
-  __host__ __device__ KeyMemory(unsigned char* memory, int groups, bool) {
+  __host__ __device__ constexpr KeyMemory(unsigned char* memory, int groups, bool) {
     Layout layout{memory};
     keys = layout.tokens<T, DK>(), values = layout.tokens<T, DK>();
     parts = layout.take<Four<T>>(kWarps * kQuads<DK>), deviation = layout.take<Four<T>>(kWarp);
     landmarks = layout.landmarks<T, DK>(groups);
     columns = layout.columns<T>(groups);
-    bytes = layout.end - memory;
+    bytes = layout.bytes;
   }
 };
+static_assert(kTwoBlocksFit<KeyMemory<float, 2>>);
 
 template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(const KeyArguments<T> a) {
@@ -75,10 +76,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   }
   const KeyMemory<T, DK> shared(memory, a.groups_per_round, a.rounds > 1);
   const unsigned item = blockIdx.x - static_cast<unsigned>(a.solver_blocks),
-                 chunks = static_cast<unsigned>(a.cut.chunks), head = item / chunks, chunk = item % chunks;
-  const auto k = RowsOf<S, DK>::of(a.k, head), v = RowsOf<S, DK>::of(a.v, head),
-             l = RowsOf<S, DK>::of(a.landmarks, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = k.channels,
+                 chunks = static_cast<unsigned>(a.cut.chunks), chunk = item % chunks;
+  const Head block_head(a.k, item / chunks);
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
   T* sums = a.partials + item * a.partial_size;
   T* mass = sums + static_cast<int64_t>(m) * channels;
@@ -88,11 +88,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
     const auto [first, count] = a.cut.template span<T>(chunk, tile);
     if (count == 0) break;
+    const Head head = block_head.again();
     __syncthreads();
-    load_tokens<T, DK>(k.from(first), count, -kFar<T>, shared.keys);
+    load_tokens<T, DK>(RowsOf<S, DK>::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
     {
       OwnQuads<T, DK> values;
-      read_tokens<T, DK>(v.from(first), count, T{0}, values);
+      read_tokens<T, DK>(RowsOf<S, DK>::of(a.v, head).from(first), count, T{0}, shared.values, values);
       if (tile == 0) shift = mean_of_tokens<T, DK>(values, count, shared.parts);
       subtract<T, DK>(shift, count, values);
       put_tokens<T, DK>(values, shared.values);
@@ -101,7 +102,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
       const Group group(round, a.groups_per_round, m);
       if (round > 0) __syncthreads();
       if (tile == 0 || a.rounds > 1)
-        load_landmarks<T, DK>(l, round * per_round, per_round, m, kFar<T>, shared.landmarks);
+        load_landmarks<T, DK>(RowsOf<S, DK>::of(a.landmarks, head), round * per_round, per_round, m, kFar<T>,
+                              shared.landmarks);
       __syncthreads();
       if (round == 0) add_tokens<T, DK>(shared.values, tile == 0, shared.deviation);
       if (group.count == 0) continue;
@@ -253,15 +255,16 @@ struct QueryMemory {
   T *columns, *pooled_mass, *parts;
   int64_t bytes;
 
-  __host__ __device__ QueryMemory(unsigned char* memory, int groups, bool) {
+  __host__ __device__ constexpr QueryMemory(unsigned char* memory, int groups, bool) {
     Layout layout{memory};
     queries = layout.tokens<T, DK>();
     parts = layout.take<T>(kWarps * kTokens<T>);
     columns = layout.columns<T>(groups), pooled_mass = layout.take<T>(groups * kGroup);
     landmarks = layout.landmarks<T, DK>(groups), pooled = layout.landmarks<T, DK>(groups);
-    bytes = layout.end - memory;
+    bytes = layout.bytes;
   }
 };
+static_assert(kTwoBlocksFit<QueryMemory<float, 2>>);
 
 template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
@@ -269,29 +272,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
   LF_SHARED_MEMORY(memory);
   const QueryMemory<T, DK> shared(memory, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const unsigned chunks = static_cast<unsigned>(a.cut.chunks), head = blockIdx.x / chunks,
-                 chunk = blockIdx.x % chunks;
-  const auto q = RowsOf<S, DK>::of(a.q, head), l = RowsOf<S, DK>::of(a.landmarks, head),
-             out = RowsOf<S, DK>::of(a.out, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = q.channels,
+  const unsigned chunks = static_cast<unsigned>(a.cut.chunks), chunk = blockIdx.x % chunks;
+  const Head block_head(a.q, blockIdx.x / chunks);
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
-  const auto u =
-      MatrixOf<T, S, DK>::of(a.pooled_values + static_cast<int64_t>(head) * m * channels, channels);
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
     const auto [first, count] = a.cut.template span<T>(chunk, tile);
     if (count == 0) break;
+    const Head head = block_head.again();
     __syncthreads();
-    load_tokens<T, DK>(q.from(first), count, -kFar<T>, shared.queries);
+    load_tokens<T, DK>(RowsOf<S, DK>::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
     T mass[kPerLane<T>] = {};
     Four<T> sum[kOwnOfShare<T, DK>] = {};
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
       if (round > 0) __syncthreads();
       if (tile == 0 || a.rounds > 1) {
+        const auto l = RowsOf<S, DK>::of(a.landmarks, head);
+        const auto u = MatrixOf<T, S, DK>::of(a.pooled_values + head.start(m * channels), channels);
         load_landmarks<T, DK>(l, round * per_round, per_round, m, kFar<T>, shared.landmarks);
         load_landmarks<T, DK>(u, round * per_round, per_round, m, T{0}, shared.pooled);
-        load_numbers<T>(a.pooled_mass + static_cast<int64_t>(head) * m, round * per_round, per_round, m,
-                        shared.pooled_mass);
+        load_numbers<T>(a.pooled_mass + head.start(m), round * per_round, per_round, m, shared.pooled_mass);
       }
       __syncthreads();
       if (group.count > 0) {
@@ -320,18 +321,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
     for (int offset = kOwn<T>; offset < kWarp; offset *= 2)
       row_mass += __shfl_xor_sync(0xffffffffu, row_mass, offset);
     const T own_reciprocal = reciprocal_mass(row_mass, a.tau);
-    const Four<T> mean =
-        read_quad<T>(a.mean_value + static_cast<int64_t>(head) * channels, own_quad<DK>(), channels);
-    const auto rows = out.from(first);
+    const Four<T> mean = read_quad<T>(a.mean_value + head.start(channels), own_quad<DK>(), channels);
 #pragma unroll
     for (int i = 0; i < kOwnOfShare<T, DK>; ++i) {
-      const int token = first_own_token<T, DK>() + i;
-      const T reciprocal = __shfl_sync(0xffffffffu, own_reciprocal, token % kOwn<T>);
-      Four<T> result;
+      const T reciprocal = __shfl_sync(0xffffffffu, own_reciprocal, own_share<DK>() * kOwnOfShare<T, DK> + i);
 #pragma unroll
-      for (int u = 0; u < 4; ++u) result.at[u] = sum[i].at[u] * reciprocal + mean.at[u];
-      if (token < count) rows.put(token, 4 * own_quad<DK>(), result);
+      for (int u = 0; u < 4; ++u) sum[i].at[u] = sum[i].at[u] * reciprocal + mean.at[u];
     }
+    put_rows<T, DK>(sum, RowsOf<S, DK>::of(a.out, head).from(first), first_own_token<T, DK>(), count,
+                    shared.queries);
   }
 }
 
@@ -356,7 +354,7 @@ struct QueryGradientMemory {
   int64_t bytes;
 
   // With one round the queries' gradients take the place of the upstream ones, which then have been used.
-  __host__ __device__ QueryGradientMemory(unsigned char* memory, int groups, bool several_rounds) {
+  __host__ __device__ constexpr QueryGradientMemory(unsigned char* memory, int groups, bool several_rounds) {
     Layout layout{memory};
     queries = layout.tokens<T, DK>(), grads = layout.tokens<T, DK>();
     grad_sum = layout.take<Four<T>>(kWarp);
@@ -366,21 +364,20 @@ struct QueryGradientMemory {
     pooled_mass = layout.take<T>(groups * kGroup);
     landmarks = layout.landmarks<T, DK>(groups), pooled = layout.landmarks<T, DK>(groups);
     dqueries = several_rounds ? layout.tokens<T, DK>() : grads;
-    bytes = layout.end - memory;
+    bytes = layout.bytes;
   }
 };
+static_assert(kTwoBlocksFit<QueryGradientMemory<float, 2>>);
 
 template <typename T, int DK, typename S>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
+__global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     query_gradients(const QueryGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   const QueryGradientMemory<T, DK> shared(memory, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const unsigned chunks = static_cast<unsigned>(a.cut.chunks), head = blockIdx.x / chunks,
-                 chunk = blockIdx.x % chunks;
-  const auto grad = RowsOf<S, DK>::of(a.grad, head), q = RowsOf<S, DK>::of(a.q, head),
-             dq = RowsOf<S, DK>::of(a.dq, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = q.channels,
+  const unsigned chunks = static_cast<unsigned>(a.cut.chunks), chunk = blockIdx.x % chunks;
+  const Head block_head(a.q, blockIdx.x / chunks);
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
   Vector<T, DK> value_sum[kGroup] = {};
   T mass_sum = 0;
@@ -398,9 +395,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
     const auto [first, count] = a.cut.template span<T>(chunk, tile);
     if (count == 0) break;
+    const Head head = block_head.again();
     __syncthreads();
-    load_tokens<T, DK>(q.from(first), count, -kFar<T>, shared.queries);
-    load_tokens<T, DK>(grad.from(first), count, T{0}, shared.grads);
+    load_tokens<T, DK>(RowsOf<S, DK>::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
+    load_tokens<T, DK>(RowsOf<S, DK>::of(a.grad, head).from(first), count, T{0}, shared.grads);
 
     // Once over the landmarks for the mass under each query and its gradient; with one round its columns stay
     // in registers.
@@ -409,16 +407,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
     T mass[kPerLane<T>] = {}, dmass[kPerLane<T>] = {};
     const auto load_round = [&](int round) {
       const auto l = RowsOf<S, DK>::of(a.landmarks, head);
-      const auto u =
-          MatrixOf<T, S, DK>::of(a.pooled_values + static_cast<int64_t>(head) * m * channels, channels);
+      const auto u = MatrixOf<T, S, DK>::of(a.pooled_values + head.start(m * channels), channels);
       load_landmarks<T, DK>(l, round * per_round, per_round, m, kFar<T>, shared.landmarks);
       load_landmarks<T, DK>(u, round * per_round, per_round, m, T{0}, shared.pooled);
-      load_numbers<T>(a.pooled_mass + static_cast<int64_t>(head) * m, round * per_round, per_round, m,
-                      shared.pooled_mass);
+      load_numbers<T>(a.pooled_mass + head.start(m), round * per_round, per_round, m, shared.pooled_mass);
     };
     const auto compute_columns = [&](const Group& group) {
-      pairs = kernel_columns<T, DK>(shared.queries, shared.landmarks + group.row * kQuads<DK>, channels,
-                                    a.scale.exponent, kernel);
+      pairs = kernel_columns<T, DK>(shared.queries, shared.landmarks + again(group.row) * kQuads<DK>,
+                                    channels, a.scale.exponent, kernel);
       product_columns<T, DK>(shared.grads, shared.pooled + group.row * kQuads<DK>, channels, dkernel);
     };
     for (int round = 0; round < a.rounds; ++round) {
@@ -503,7 +499,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
         gradients = {}, clear(value_sum), mass_sum = 0;
       }
     }
-    store_tokens<T, DK>(shared.dqueries, dq.from(first), count);
+    const QueryGradientMemory<T, DK> same(memory, again(a.groups_per_round), a.rounds > 1);
+    store_tokens<T, DK>(same.dqueries, RowsOf<S, DK>::of(a.dq, head).from(first), count);
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
   put_sum<T, DK>(shared.grad_sum, channels,
@@ -533,7 +530,7 @@ struct KeyGradientMemory {
 
   // With one round the keys' gradients take the place of the values, which then have been used, and those of
   // the values stay in registers.
-  __host__ __device__ KeyGradientMemory(unsigned char* memory, int groups, bool several_rounds) {
+  __host__ __device__ constexpr KeyGradientMemory(unsigned char* memory, int groups, bool several_rounds) {
     Layout layout{memory};
     keys = layout.tokens<T, DK>(), values = layout.tokens<T, DK>();
     columns = layout.columns<T>(groups), totals = layout.totals<T>(groups);
@@ -541,22 +538,20 @@ struct KeyGradientMemory {
     landmarks = layout.landmarks<T, DK>(groups), dsums = layout.landmarks<T, DK>(groups);
     dkeys = several_rounds ? layout.tokens<T, DK>() : values;
     dvalues = several_rounds ? layout.tokens<T, DK>() : nullptr;
-    bytes = layout.end - memory;
+    bytes = layout.bytes;
   }
 };
+static_assert(kTwoBlocksFit<KeyGradientMemory<float, 2>>);
 
 template <typename T, int DK, typename S>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
+__global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     key_gradients(const KeyGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   const KeyGradientMemory<T, DK> shared(memory, a.groups_per_round, a.rounds > 1);
-  const unsigned chunks = static_cast<unsigned>(a.cut.chunks), head = blockIdx.x / chunks,
-                 chunk = blockIdx.x % chunks;
-  const auto k = RowsOf<S, DK>::of(a.k, head), v = RowsOf<S, DK>::of(a.v, head),
-             dk = RowsOf<S, DK>::of(a.dk, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = k.channels,
+  const unsigned chunks = static_cast<unsigned>(a.cut.chunks), chunk = blockIdx.x % chunks;
+  const Head block_head(a.k, blockIdx.x / chunks);
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
-  const int64_t head_at = head;
   LandmarkGradients<T, DK> gradients;
   // Of the only round into the partial sums, or a round's and a tile's added to them.
   const auto write = [&](const Group& group, bool set) {
@@ -564,29 +559,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
     gradients.finish(sums);
     add_rows<T, DK>(sums, group, channels, set, a.partials + blockIdx.x * static_cast<int64_t>(m) * channels);
   };
-  // With the mean of dV, which is the same for all tokens.
-  const auto put_values = [&](const Four<T>(&dvalues)[kOwnOfShare<T, DK>], int64_t first, int count) {
-    const auto rows = RowsOf<S, DK>::of(a.dv, head).from(first);
-    const Four<T> grad_sum =
-        read_quad<T>(a.totals + head * a.total_size + a.grad_sum_at, own_quad<DK>(), channels);
-#pragma unroll
-    for (int i = 0; i < kOwnOfShare<T, DK>; ++i) {
-      const int token = first_own_token<T, DK>() + i;
-      Four<T> result;
-#pragma unroll
-      for (int u = 0; u < 4; ++u) result.at[u] = dvalues[i].at[u] + grad_sum.at[u] * a.share;
-      if (token < count) rows.put(token, 4 * own_quad<DK>(), result);
-    }
-  };
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
     const auto [first, count] = a.cut.template span<T>(chunk, tile);
     if (count == 0) break;
+    const Head head = block_head.again();
     __syncthreads();
-    load_tokens<T, DK>(k.from(first), count, -kFar<T>, shared.keys);
+    load_tokens<T, DK>(RowsOf<S, DK>::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
     {
       OwnQuads<T, DK> values;
-      read_tokens<T, DK>(v.from(first), count, T{0}, values);
-      subtract<T, DK>(read_quad<T>(a.mean_value + head_at * channels, own_quad<DK>(), channels), count,
+      read_tokens<T, DK>(RowsOf<S, DK>::of(a.v, head).from(first), count, T{0}, shared.values, values);
+      subtract<T, DK>(read_quad<T>(a.mean_value + head.start(channels), own_quad<DK>(), channels), count,
                       values);
       put_tokens<T, DK>(values, shared.values);
     }
@@ -594,11 +576,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
       const Group group(round, a.groups_per_round, m);
       if (tile == 0 || a.rounds > 1) {
         const auto l = RowsOf<S, DK>::of(a.landmarks, head);
-        const auto dsums = MatrixOf<T, S, DK>::of(a.dsums + head_at * m * channels, channels);
+        const auto dsums = MatrixOf<T, S, DK>::of(a.dsums + head.start(m * channels), channels);
         load_landmarks<T, DK>(l, round * per_round, per_round, m, kFar<T>, shared.landmarks);
         load_landmarks<T, DK>(dsums, round * per_round, per_round, m, T{0}, shared.dsums);
-        load_numbers<T>(a.mass + head_at * m, round * per_round, per_round, m, shared.mass);
-        load_numbers<T>(a.dmass + head_at * m, round * per_round, per_round, m, shared.dmass);
+        load_numbers<T>(a.mass + head.start(m), round * per_round, per_round, m, shared.mass);
+        load_numbers<T>(a.dmass + head.start(m), round * per_round, per_round, m, shared.dmass);
       }
       __syncthreads();
       T *own = shared.columns + group.row * kColumnStride<T>,
@@ -637,7 +619,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
 #pragma unroll
           for (int i = 0; i < kOwnOfShare<T, DK>; ++i) kept[i] = dvalues[i];
         } else {
-          put_values(dvalues, first, count);
+          // The mean of dV is the same for all tokens.
+          const Four<T> grad_sum =
+              read_quad<T>(a.totals + head.start(a.total_size) + a.grad_sum_at, own_quad<DK>(), channels);
+#pragma unroll
+          for (int i = 0; i < kOwnOfShare<T, DK>; ++i) {
+#pragma unroll
+            for (int u = 0; u < 4; ++u) dvalues[i].at[u] += grad_sum.at[u] * a.share;
+          }
+          put_rows<T, DK>(dvalues, RowsOf<S, DK>::of(a.dv, head).from(first), first_own_token<T, DK>(), count,
+                          shared.values);
         }
       }
       __syncthreads();
@@ -652,7 +643,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
         gradients = {};
       }
     }
-    store_tokens<T, DK>(shared.dkeys, dk.from(first), count);
+    const KeyGradientMemory<T, DK> same(memory, again(a.groups_per_round), a.rounds > 1);
+    store_tokens<T, DK>(same.dkeys, RowsOf<S, DK>::of(a.dk, head).from(first), count);
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
 }

@@ -26,6 +26,10 @@ constexpr int kColumnStride = kTokens<T> + 4;
 template <typename T, int DK>
 constexpr int kBlocksTogether = sizeof(T) == 4 && DK <= 2 ? 2 : 1;
 
+// Gradients of rows of any strides need more registers than half of them.
+template <typename T, int DK, typename S>
+constexpr int kGradientBlocksTogether = std::is_same_v<S, Any> ? 1 : kBlocksTogether<T, DK>;
+
 // Channels come in DK vectors of 32; `kQuads` Fours of them.
 template <int DK>
 constexpr int kQuads = 8 * DK;
@@ -75,26 +79,40 @@ constexpr int kApart = kThreads / kQuads<DK>;
 template <typename T, int DK>
 using OwnQuads = Four<T>[kTokens<T> / kApart<DK>];
 
-// The thread's quads of a tile whose first token is the first row.
+// Rows of any strides take registers for addresses: one quad of a thread after another goes through shared
+// memory. Others go through registers, all at once.
+template <typename R>
+constexpr bool kOneByOne = std::is_same_v<R, Rows>;
+
+// The thread's quads of a tile whose first token is the first row. Quads lie apart: tokens[quad *
+// kTokenStride + token]; `tokens` may be used on the way.
 template <typename T, int DK, typename R>
-__device__ inline void read_tokens(const R& rows, int count, T beyond, OwnQuads<T, DK>& own) {
+__device__ inline void read_tokens(const R& rows, int count, T beyond, Four<T>* tokens,
+                                   OwnQuads<T, DK>& own) {
+  constexpr int quads = kTokens<T> / kApart<DK>;
   const int quad = own_quad<DK>(), token = threadIdx.x / kQuads<DK>;
-  if (count == kTokens<T> && 4 * quad < rows.channels) {
+  if constexpr (kOneByOne<R>) {
+    tokens += quad * kTokenStride<T>;
+#pragma unroll 1
+    for (int t = token; t < kTokens<T>; t += kApart<DK>) {
+      const T empty = t < count ? T{0} : beyond;
+      tokens[t] = {empty, empty, empty, empty};
+      if (t < count && 4 * quad < rows.channels) tokens[t] = rows.template four<T>(t, 4 * quad);
+    }
 #pragma unroll
-    for (int i = 0; i < kTokens<T> / kApart<DK>; ++i)
-      own[i] = rows.template four<T>(token + i * kApart<DK>, 4 * quad);
-    return;
-  }
+    for (int i = 0; i < quads; ++i) own[i] = tokens[token + i * kApart<DK>];
+  } else if (count == kTokens<T>) {
 #pragma unroll
-  for (int i = 0; i < kTokens<T> / kApart<DK>; ++i) {
-    const bool real = token + i * kApart<DK> < count;
-    const T empty = real ? T{0} : beyond;
-    own[i] = {empty, empty, empty, empty};
-    if (real && 4 * quad < rows.channels) own[i] = rows.template four<T>(token + i * kApart<DK>, 4 * quad);
+    for (int i = 0; i < quads; ++i) own[i] = rows.template four<T>(token + i * kApart<DK>, 4 * quad);
+  } else {
+#pragma unroll
+    for (int i = 0; i < quads; ++i) {
+      own[i] = {beyond, beyond, beyond, beyond};
+      if (token + i * kApart<DK> < count) own[i] = rows.template four<T>(token + i * kApart<DK>, 4 * quad);
+    }
   }
 }
 
-// Channel quads lie apart: tokens[quad * kTokenStride + token].
 template <typename T, int DK>
 __device__ inline void put_tokens(const OwnQuads<T, DK>& own, Four<T>* tokens) {
   const int quad = own_quad<DK>(), token = threadIdx.x / kQuads<DK>;
@@ -106,8 +124,27 @@ __device__ inline void put_tokens(const OwnQuads<T, DK>& own, Four<T>* tokens) {
 template <typename T, int DK, typename R>
 __device__ inline void load_tokens(const R& rows, int count, T beyond, Four<T>* to) {
   OwnQuads<T, DK> own;
-  read_tokens<T, DK>(rows, count, beyond, own);
-  put_tokens<T, DK>(own, to);
+  read_tokens<T, DK>(rows, count, beyond, to, own);
+  if constexpr (!kOneByOne<R>) put_tokens<T, DK>(own, to);
+}
+
+// Some tokens' rows, from `first` on, of the thread's quad; `tokens` may be used on the way.
+template <typename T, int DK, int N, typename R>
+__device__ inline void put_rows(const Four<T> (&values)[N], const R& rows, int first, int count,
+                                Four<T>* tokens) {
+  const int quad = own_quad<DK>();
+  if constexpr (kOneByOne<R>) {
+    tokens += quad * kTokenStride<T> + first;
+#pragma unroll
+    for (int i = 0; i < N; ++i) tokens[i] = values[i];
+#pragma unroll 1
+    for (int i = 0; i < N && first + i < count; ++i) rows.put(first + i, 4 * quad, tokens[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (first + i < count) rows.put(first + i, 4 * quad, values[i]);
+    }
+  }
 }
 
 // From the real tokens; the others stay 0.
@@ -190,15 +227,15 @@ using Columns = T[kGroup][kPerLane<T>];
 
 // sum[j][i] += term(token's channel, landmark's channel) over `quads` quads of channels, an even number, from
 // those that the pointers show, for the lanes' tokens and the warp's landmarks.
-template <typename T, int DK, typename Term>
+template <typename T, int DK, int Together, typename Term>
 __device__ inline void add_channels(const Four<T>* tokens, const Four<T>* landmarks, int quads, Term term,
                                     Columns<T>& sum) {
   tokens += threadIdx.x % kWarp;
   const Four<T>* end = landmarks + quads;
 #pragma unroll 1
-  for (; landmarks < end; landmarks += 2, tokens += 2 * kTokenStride<T>) {
+  for (; landmarks < end; landmarks += Together, tokens += Together * kTokenStride<T>) {
 #pragma unroll
-    for (int quad = 0; quad < 2; ++quad) {
+    for (int quad = 0; quad < Together; ++quad) {
       Four<T> here[kPerLane<T>];
 #pragma unroll
       for (int i = 0; i < kPerLane<T>; ++i) here[i] = tokens[quad * kTokenStride<T> + i * kWarp];
@@ -278,7 +315,7 @@ __device__ inline unsigned kernel_columns(const Four<T>* tokens, const Four<T>* 
   for (int j = 0; j < kGroup; ++j) clear(out[j]);
   for (int first = 0; first < quads; first += kSummedQuads) {
     Columns<T> sum = {};
-    add_channels<T, DK>(
+    add_channels<T, DK, 2>(
         tokens + first * kTokenStride<T>, landmarks + first, min(quads - first, kSummedQuads),
         [](T x, T y) { return absolute(x - y); }, sum);
 #pragma unroll
@@ -302,7 +339,7 @@ __device__ inline void product_columns(const Four<T>* tokens, const Four<T>* lan
                                        Columns<T>& out) {
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) clear(out[j]);
-  add_channels<T, DK>(tokens, landmarks, even_quads(channels), [](T x, T y) { return x * y; }, out);
+  add_channels<T, DK, 1>(tokens, landmarks, even_quads(channels), [](T x, T y) { return x * y; }, out);
 }
 
 // The warp's columns into its rows of shared memory; only this warp reads them until a barrier.
@@ -508,10 +545,11 @@ __device__ inline void sign_gradients(const T* columns, const T* totals, Four<T>
 #pragma unroll
         for (int u = 0; u < 4; ++u) gradients.weight += some.at[u];
       }
-      // Two tokens at a time: four would not leave registers for the landmarks.
+      // Two tokens at a time: four would not leave registers for the landmarks. Of many or wide channels the
+      // loop stays one.
       const T *weights_here = columns + first, *totals_here = totals + first, *own_here = own + 4 * first;
       T* lost_here = lost + 4 * first;
-#pragma unroll 4
+#pragma unroll(sizeof(T) * DK > 8 ? 1 : kOwn<T> / 2)
       for (int i = 0; i < kOwn<T>; i += 2) {
         Two<T> weights[kGroup];
 #pragma unroll
@@ -543,11 +581,12 @@ __device__ inline void sign_gradients(const T* columns, const T* totals, Four<T>
 // A tile's tokens into a tensor's rows, rounding once.
 template <typename T, int DK, typename R>
 __device__ inline void store_tokens(const Four<T>* tokens, const R& rows, int count) {
-  const int quad = own_quad<DK>(), token = threadIdx.x / kQuads<DK>;
-#pragma unroll
+  const int quad = own_quad<DK>();
+  tokens += quad * kTokenStride<T>;
+#pragma unroll(kOneByOne<R> ? 1 : kTokens<T> / kApart<DK>)
   for (int i = 0; i < kTokens<T> / kApart<DK>; ++i) {
-    if (token + i * kApart<DK> < count)
-      rows.put(token + i * kApart<DK>, 4 * quad, tokens[quad * kTokenStride<T> + token + i * kApart<DK>]);
+    const int token = static_cast<int>(threadIdx.x) / kQuads<DK> + i * kApart<DK>;
+    if (token < count) rows.put(token, 4 * quad, tokens[token]);
   }
 }
 
@@ -631,34 +670,40 @@ inline int rounds_of(int64_t m, int groups_per_round) {
   return static_cast<int>((groups + groups_per_round - 1) / groups_per_round);
 }
 
-// A kernel's shared memory, one array after another: in the kernel from its start, on the host from null, for
-// the bytes.
+// A kernel's shared memory, one array after another. The description that a kernel takes its arrays from
+// tells the host how many bytes there are, and the compiler whether two blocks fit.
 struct Layout {
-  unsigned char* end;
+  unsigned char* memory;
+  int64_t bytes = 0;
 
   template <typename U>
-  __host__ __device__ U* take(int64_t count) {
-    U* array = reinterpret_cast<U*>(end);
-    end += (count * static_cast<int64_t>(sizeof(U)) + 15) / 16 * 16;
-    return array;
+  __host__ __device__ constexpr U* take(int64_t count) {
+    const int64_t at = bytes;
+    bytes += (count * static_cast<int64_t>(sizeof(U)) + 15) / 16 * 16;
+    return memory == nullptr ? nullptr : reinterpret_cast<U*>(memory + at);
   }
   template <typename T, int DK>
-  __host__ __device__ Four<T>* tokens() {
+  __host__ __device__ constexpr Four<T>* tokens() {
     return take<Four<T>>(kQuads<DK> * kTokenStride<T>);
   }
   template <typename T, int DK>
-  __host__ __device__ Four<T>* landmarks(int groups) {
+  __host__ __device__ constexpr Four<T>* landmarks(int groups) {
     return take<Four<T>>(groups * kGroup * kQuads<DK>);
   }
   template <typename T>
-  __host__ __device__ T* columns(int groups) {
+  __host__ __device__ constexpr T* columns(int groups) {
     return take<T>(groups * kGroup * kColumnStride<T>);
   }
   template <typename T>
-  __host__ __device__ T* totals(int groups) {
+  __host__ __device__ constexpr T* totals(int groups) {
     return take<T>(groups * kColumnStride<T>);
   }
 };
+
+// With the default grid two blocks share the 164 KB of a multiprocessor (compute capability 8.0), of which
+// each block takes 1 KB more than it asks for.
+template <typename Memory>
+constexpr bool kTwoBlocksFit = Memory(nullptr, 7, false).bytes <= 164 / 2 * 1024 - 1024;
 
 // Sets the rounds over the landmarks, one if shared memory allows it; gives the bytes that a block needs.
 template <typename Memory, typename Arguments>
