@@ -56,12 +56,13 @@ struct KeyMemory {
   T* columns;
   int64_t bytes;
 
-  __host__ __device__ constexpr KeyMemory(unsigned char* memory, int groups, bool) {
-    Layout layout{memory};
-    keys = layout.tokens<T, DK>(), values = layout.tokens<T, DK>();
-    parts = layout.take<Four<T>>(kWarps * kQuads<DK>), deviation = layout.take<Four<T>>(kWarp);
-    landmarks = layout.landmarks<T, DK>(groups);
-    columns = layout.columns<T>(groups);
+  template <typename L>
+  __host__ __device__ constexpr KeyMemory(L layout, int groups, bool) {
+    keys = layout.template tokens<T, DK>(), values = layout.template tokens<T, DK>();
+    parts = layout.template take<Four<T>>(kWarps * kQuads<DK>),
+    deviation = layout.template take<Four<T>>(kWarp);
+    landmarks = layout.template landmarks<T, DK>(groups);
+    columns = layout.template columns<T>(groups);
     bytes = layout.bytes;
   }
 };
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
     solve_head<T>(a, blockIdx.x, reinterpret_cast<T*>(memory));
     return;
   }
-  const KeyMemory<T, DK> shared(memory, a.groups_per_round, a.rounds > 1);
+  const KeyMemory<T, DK> shared(Layout{memory}, a.groups_per_round, a.rounds > 1);
   const unsigned item = blockIdx.x - static_cast<unsigned>(a.solver_blocks),
                  chunks = static_cast<unsigned>(a.cut.chunks), chunk = item % chunks;
   const Head block_head(a.k, item / chunks);
@@ -255,12 +256,12 @@ struct QueryMemory {
   T *columns, *pooled_mass, *parts;
   int64_t bytes;
 
-  __host__ __device__ constexpr QueryMemory(unsigned char* memory, int groups, bool) {
-    Layout layout{memory};
-    queries = layout.tokens<T, DK>();
-    parts = layout.take<T>(kWarps * kTokens<T>);
-    columns = layout.columns<T>(groups), pooled_mass = layout.take<T>(groups * kGroup);
-    landmarks = layout.landmarks<T, DK>(groups), pooled = layout.landmarks<T, DK>(groups);
+  template <typename L>
+  __host__ __device__ constexpr QueryMemory(L layout, int groups, bool) {
+    queries = layout.template tokens<T, DK>();
+    parts = layout.template take<T>(kWarps * kTokens<T>);
+    columns = layout.template columns<T>(groups), pooled_mass = layout.template take<T>(groups * kGroup);
+    landmarks = layout.template landmarks<T, DK>(groups), pooled = layout.template landmarks<T, DK>(groups);
     bytes = layout.bytes;
   }
 };
@@ -270,7 +271,7 @@ template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
     stream_queries(const QueryArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  const QueryMemory<T, DK> shared(memory, a.groups_per_round, a.rounds > 1);
+  const QueryMemory<T, DK> shared(Layout{memory}, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const unsigned chunks = static_cast<unsigned>(a.cut.chunks), chunk = blockIdx.x % chunks;
   const Head block_head(a.q, blockIdx.x / chunks);
@@ -354,16 +355,17 @@ struct QueryGradientMemory {
   int64_t bytes;
 
   // With one round the queries' gradients take the place of the upstream ones, which then have been used.
-  __host__ __device__ constexpr QueryGradientMemory(unsigned char* memory, int groups, bool several_rounds) {
-    Layout layout{memory};
-    queries = layout.tokens<T, DK>(), grads = layout.tokens<T, DK>();
-    grad_sum = layout.take<Four<T>>(kWarp);
-    mass_parts = layout.take<T>(kWarps * kTokens<T>), dmass_parts = layout.take<T>(kWarps * kTokens<T>);
-    reciprocals = layout.take<T>(kTokens<T>), dmasses = layout.take<T>(kTokens<T>);
-    columns = layout.columns<T>(groups), totals = layout.totals<T>(groups);
-    pooled_mass = layout.take<T>(groups * kGroup);
-    landmarks = layout.landmarks<T, DK>(groups), pooled = layout.landmarks<T, DK>(groups);
-    dqueries = several_rounds ? layout.tokens<T, DK>() : grads;
+  template <typename L>
+  __host__ __device__ constexpr QueryGradientMemory(L layout, int groups, bool several_rounds) {
+    queries = layout.template tokens<T, DK>(), grads = layout.template tokens<T, DK>();
+    grad_sum = layout.template take<Four<T>>(kWarp);
+    mass_parts = layout.template take<T>(kWarps * kTokens<T>),
+    dmass_parts = layout.template take<T>(kWarps * kTokens<T>);
+    reciprocals = layout.template take<T>(kTokens<T>), dmasses = layout.template take<T>(kTokens<T>);
+    columns = layout.template columns<T>(groups), totals = layout.template totals<T>(groups);
+    pooled_mass = layout.template take<T>(groups * kGroup);
+    landmarks = layout.template landmarks<T, DK>(groups), pooled = layout.template landmarks<T, DK>(groups);
+    dqueries = several_rounds ? layout.template tokens<T, DK>() : grads;
     bytes = layout.bytes;
   }
 };
@@ -373,7 +375,7 @@ template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     query_gradients(const QueryGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  const QueryGradientMemory<T, DK> shared(memory, a.groups_per_round, a.rounds > 1);
+  const QueryGradientMemory<T, DK> shared(Layout{memory}, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const unsigned chunks = static_cast<unsigned>(a.cut.chunks), chunk = blockIdx.x % chunks;
   const Head block_head(a.q, blockIdx.x / chunks);
@@ -499,7 +501,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
         gradients = {}, clear(value_sum), mass_sum = 0;
       }
     }
-    const QueryGradientMemory<T, DK> same(memory, again(a.groups_per_round), a.rounds > 1);
+    const QueryGradientMemory<T, DK> same(Layout{memory}, again(a.groups_per_round), a.rounds > 1);
     store_tokens<T, DK>(same.dqueries, RowsOf<S, DK>::of(a.dq, head).from(first), count);
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
@@ -530,14 +532,14 @@ struct KeyGradientMemory {
 
   // With one round the keys' gradients take the place of the values, which then have been used, and those of
   // the values stay in registers.
-  __host__ __device__ constexpr KeyGradientMemory(unsigned char* memory, int groups, bool several_rounds) {
-    Layout layout{memory};
-    keys = layout.tokens<T, DK>(), values = layout.tokens<T, DK>();
-    columns = layout.columns<T>(groups), totals = layout.totals<T>(groups);
-    mass = layout.take<T>(groups * kGroup), dmass = layout.take<T>(groups * kGroup);
-    landmarks = layout.landmarks<T, DK>(groups), dsums = layout.landmarks<T, DK>(groups);
-    dkeys = several_rounds ? layout.tokens<T, DK>() : values;
-    dvalues = several_rounds ? layout.tokens<T, DK>() : nullptr;
+  template <typename L>
+  __host__ __device__ constexpr KeyGradientMemory(L layout, int groups, bool several_rounds) {
+    keys = layout.template tokens<T, DK>(), values = layout.template tokens<T, DK>();
+    columns = layout.template columns<T>(groups), totals = layout.template totals<T>(groups);
+    mass = layout.template take<T>(groups * kGroup), dmass = layout.template take<T>(groups * kGroup);
+    landmarks = layout.template landmarks<T, DK>(groups), dsums = layout.template landmarks<T, DK>(groups);
+    dkeys = several_rounds ? layout.template tokens<T, DK>() : values;
+    dvalues = several_rounds ? layout.template tokens<T, DK>() : nullptr;
     bytes = layout.bytes;
   }
 };
@@ -547,7 +549,7 @@ template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     key_gradients(const KeyGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  const KeyGradientMemory<T, DK> shared(memory, a.groups_per_round, a.rounds > 1);
+  const KeyGradientMemory<T, DK> shared(Layout{memory}, a.groups_per_round, a.rounds > 1);
   const unsigned chunks = static_cast<unsigned>(a.cut.chunks), chunk = blockIdx.x % chunks;
   const Head block_head(a.k, blockIdx.x / chunks);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.k),
@@ -643,7 +645,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
         gradients = {};
       }
     }
-    const KeyGradientMemory<T, DK> same(memory, again(a.groups_per_round), a.rounds > 1);
+    const KeyGradientMemory<T, DK> same(Layout{memory}, again(a.groups_per_round), a.rounds > 1);
     store_tokens<T, DK>(same.dkeys, RowsOf<S, DK>::of(a.dk, head).from(first), count);
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);

@@ -672,15 +672,20 @@ inline int rounds_of(int64_t m, int groups_per_round) {
 
 // A kernel's shared memory, one array after another. The description that a kernel takes its arrays from
 // tells the host how many bytes there are, and the compiler whether two blocks fit.
-struct Layout {
-  unsigned char* memory;
+template <bool kMeasured>
+struct LayoutOf {
+  unsigned char* memory = nullptr;
   int64_t bytes = 0;
 
   template <typename U>
   __host__ __device__ constexpr U* take(int64_t count) {
     const int64_t at = bytes;
     bytes += (count * static_cast<int64_t>(sizeof(U)) + 15) / 16 * 16;
-    return memory == nullptr ? nullptr : reinterpret_cast<U*>(memory + at);
+    if constexpr (kMeasured) {
+      return nullptr;
+    } else {
+      return reinterpret_cast<U*>(memory + at);
+    }
   }
   template <typename T, int DK>
   __host__ __device__ constexpr Four<T>* tokens() {
@@ -700,15 +705,18 @@ struct Layout {
   }
 };
 
+using Layout = LayoutOf<false>;
+using Measure = LayoutOf<true>;  // for the bytes alone
+
 // With the default grid two blocks share the 164 KB of a multiprocessor (compute capability 8.0), of which
 // each block takes 1 KB more than it asks for.
 template <typename Memory>
-constexpr bool kTwoBlocksFit = Memory(nullptr, 7, false).bytes <= 164 / 2 * 1024 - 1024;
+constexpr bool kTwoBlocksFit = Memory(Measure{}, 7, false).bytes <= 164 / 2 * 1024 - 1024;
 
 // Sets the rounds over the landmarks, one if shared memory allows it; gives the bytes that a block needs.
 template <typename Memory, typename Arguments>
 int64_t plan_rounds(int64_t m, Arguments& arguments) {
-  const auto bytes = [](int groups, bool several) { return Memory(nullptr, groups, several).bytes; };
+  const auto bytes = [](int groups, bool several) { return Memory(Measure{}, groups, several).bytes; };
   const int all = static_cast<int>(std::max<int64_t>(1, (m + kGroup - 1) / kGroup));
   arguments.groups_per_round = all, arguments.rounds = 1;
   if (all > kWarps || bytes(all, false) > shared_memory_limit()) {
