@@ -13,6 +13,8 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <type_traits>
 
 #include "../tensor.h"
 
@@ -68,15 +70,24 @@ struct OnDeviceOf {
 };
 #endif
 
-template <typename T>
-struct alignas(16) Four {
-  T at[4];
+// N neighbours in memory, read and written in one access where they are 16 bytes or less.
+template <typename T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
+  T at[N];
 };
+template <typename T>
+using Four = Vector<T, 4>;
+template <typename T>
+using Two = Vector<T, 2>;
 
-template <typename T>
-struct alignas(2 * sizeof(T)) Two {
-  T at[2];
-};
+template <int N, typename T>
+__device__ inline Vector<T, N>& vector_at(T* address) {
+  return *reinterpret_cast<Vector<T, N>*>(address);
+}
+template <int N, typename T>
+__device__ inline const Vector<T, N>& vector_at(const T* address) {
+  return *reinterpret_cast<const Vector<T, N>*>(address);
+}
 
 template <typename T>
 __device__ inline T load(const char* address, DType dtype) {
@@ -110,15 +121,65 @@ __device__ inline void store(char* address, DType dtype, T value) {
   }
 }
 
-// Rows of one head, or of a matrix of T.
+// The same, of which the compiler is not told: what follows from it is computed where it is needed, and not
+// kept in registers throughout a loop.
+template <typename U>
+__device__ inline U again(U number) {
+#if !defined(LF_CUDA_EMULATION)
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
+// A head of batch x heads, and of which image it is which: the division is done once, and in 32 bits.
+struct Head {
+  unsigned index, image, number;
+
+  __device__ Head(const View& view, int64_t head)
+      : index(static_cast<unsigned>(head)),
+        image(index / static_cast<unsigned>(view.size[1])),
+        number(index % static_cast<unsigned>(view.size[1])) {}
+  __device__ char* of(const View& view) const {
+    return view.data + (image * view.stride[0] + number * view.stride[1]) * item_size(view.dtype);
+  }
+  // Where the head's part of a contiguous array begins.
+  __device__ int64_t start(int64_t size) const { return index * size; }
+  __device__ Head again() const {
+    Head same = *this;
+    same.index = lf::again(index), same.image = lf::again(image), same.number = lf::again(number);
+    return same;
+  }
+};
+
+__device__ inline void widen(const float* from, Four<float>& to) {
+  const float4 all = *reinterpret_cast<const float4*>(from);
+  to = {all.x, all.y, all.z, all.w};
+}
+__device__ inline void widen(const __nv_bfloat16* from, Four<float>& to) {
+  const uint2 all = *reinterpret_cast<const uint2*>(from);
+  to = {__uint_as_float(all.x << 16), __uint_as_float(all.x & 0xffff0000u), __uint_as_float(all.y << 16),
+        __uint_as_float(all.y & 0xffff0000u)};
+}
+__device__ inline void widen(const __half* from, Four<float>& to) {
+  const uint2 all = *reinterpret_cast<const uint2*>(from);
+#pragma unroll
+  for (int u = 0; u < 4; ++u) {
+    const unsigned word = u < 2 ? all.x : all.y;
+    to.at[u] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> (16 * (u % 2)))));
+  }
+}
+
+// Rows of one head, or of a matrix of T, of any dtype and strides.
 struct Rows {
   char* data;
   int64_t row_stride, channel_stride;  // in elements
   int channels;
   DType dtype;
 
-  __device__ static Rows of(const View& view, int64_t head) {
-    return {view.row(head, 0), view.stride[2], view.stride[3], static_cast<int>(view.size[3]), view.dtype};
+  __device__ static int channels_of(const View& view) { return static_cast<int>(view.size[3]); }
+  __device__ static Rows of(const View& view, int64_t head) { return of(view, Head(view, head)); }
+  __device__ static Rows of(const View& view, const Head& head) {
+    return {head.of(view), view.stride[2], view.stride[3], static_cast<int>(view.size[3]), view.dtype};
   }
   template <typename T>
   __device__ static Rows of(const T* matrix, int channels) {
@@ -128,34 +189,118 @@ struct Rows {
   __device__ char* at(int64_t row, int channel) const {
     return data + (row * row_stride + channel * channel_stride) * item_size(dtype);
   }
+  __device__ Rows from(int64_t row) const {
+    return {at(row, 0), row_stride, channel_stride, channels, dtype};
+  }
   // Four channels from a multiple of four, zero beyond the last: in one access where the memory allows it.
   template <typename T>
-  __device__ Four<T> four(int64_t row, int channel) const {
-    const char* address = at(row, channel);
+  __device__ Four<T> four(int row, int channel) const {
     Four<T> result;
-    const bool together = channel_stride == 1 && channel + 4 <= channels &&
-                          reinterpret_cast<uintptr_t>(address) % (4 * item_size(dtype)) == 0;
-    if (together && dtype == DType::kFloat32) {
-      const float4 all = *reinterpret_cast<const float4*>(address);
-      result.at[0] = all.x, result.at[1] = all.y, result.at[2] = all.z, result.at[3] = all.w;
-    } else if (together && dtype != DType::kFloat64) {
-      const uint2 all = *reinterpret_cast<const uint2*>(address);
-      const unsigned words[2] = {all.x, all.y};
-#pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const unsigned short bits = static_cast<unsigned short>(words[u / 2] >> (16 * (u % 2)));
-        const bool wide_range = dtype == DType::kBFloat16;
-        result.at[u] = static_cast<T>(wide_range ? __bfloat162float(__ushort_as_bfloat16(bits))
-                                                 : __half2float(__ushort_as_half(bits)));
+    if constexpr (sizeof(T) == 4) {
+      const char* address = at(row, channel);
+      if (channel_stride == 1 && channel + 4 <= channels &&
+          reinterpret_cast<uintptr_t>(address) % (4 * item_size(dtype)) == 0) {
+        if (dtype == DType::kFloat32) {
+          widen(reinterpret_cast<const float*>(address), result);
+        } else if (dtype == DType::kBFloat16) {
+          widen(reinterpret_cast<const __nv_bfloat16*>(address), result);
+        } else {
+          widen(reinterpret_cast<const __half*>(address), result);
+        }
+        return result;
       }
-    } else {
-#pragma unroll
-      for (int u = 0; u < 4; ++u)
-        result.at[u] = channel + u < channels ? load<T>(at(row, channel + u), dtype) : T{0};
     }
+#pragma unroll
+    for (int u = 0; u < 4; ++u)
+      result.at[u] = channel + u < channels ? load<T>(at(row, channel + u), dtype) : T{0};
     return result;
   }
+  template <typename T, int N>
+  __device__ void put(int row, int channel, const Vector<T, N>& values) const {
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      if (channel + u < channels) store<T>(at(row, channel + u), dtype, values.at[u]);
+    }
+  }
 };
+
+__device__ inline void narrow(float value, float& to) { to = value; }
+__device__ inline void narrow(float value, __nv_bfloat16& to) { to = __float2bfloat16(value); }
+__device__ inline void narrow(float value, __half& to) { to = __float2half(value); }
+
+// Rows of one head whose channels, 32 DK, are `S` side by side, in quads that one access reads.
+template <typename S, int DK>
+struct Quads {
+  static constexpr int channels = DK * kWarp;
+  __device__ static constexpr int channels_of(const View&) { return channels; }
+  S* data;
+  int row_stride;
+
+  __device__ static Quads of(const View& view, const Head& head) {
+    return {reinterpret_cast<S*>(head.of(view)), static_cast<int>(view.stride[2])};
+  }
+  __device__ static Quads of(const S* matrix, int) { return {const_cast<S*>(matrix), channels}; }
+  __device__ Quads from(int64_t row) const { return {data + row * row_stride, row_stride}; }
+  template <typename T>
+  __device__ Four<T> four(int row, int channel) const {
+    Four<T> result;
+    widen(data + (row * row_stride + channel), result);
+    return result;
+  }
+  template <typename T, int N>
+  __device__ void put(int row, int channel, const Vector<T, N>& values) const {
+    Vector<S, N> narrowed;
+#pragma unroll
+    for (int u = 0; u < N; ++u) narrow(values.at[u], narrowed.at[u]);
+    if constexpr (sizeof narrowed == 4) {
+      *reinterpret_cast<unsigned*>(data + (row * row_stride + channel)) =
+          *reinterpret_cast<const unsigned*>(&narrowed);
+    } else if constexpr (sizeof narrowed == 8) {
+      *reinterpret_cast<uint2*>(data + (row * row_stride + channel)) =
+          *reinterpret_cast<const uint2*>(&narrowed);
+    } else {
+      *reinterpret_cast<uint4*>(data + (row * row_stride + channel)) =
+          *reinterpret_cast<const uint4*>(&narrowed);
+    }
+  }
+};
+
+// A tensor's element that is known at run time alone, with any strides.
+struct Any {};
+
+template <typename S, int DK>
+using RowsOf = std::conditional_t<std::is_same_v<S, Any>, Rows, Quads<S, DK>>;
+// Of a contiguous matrix in the compute type, beside tensors of S.
+template <typename T, typename S, int DK>
+using MatrixOf = std::conditional_t<std::is_same_v<S, Any>, Rows, Quads<T, DK>>;
+
+// Whether Quads can read a tensor. A tile's offsets must fit in 32 bits, too.
+template <int DK>
+bool in_quads(const View& view) {
+  bool aligned = reinterpret_cast<uintptr_t>(view.data) % (4 * item_size(view.dtype)) == 0;
+  for (int i = 0; i < 3; ++i) aligned = aligned && (view.size[i] <= 1 || view.stride[i] % 4 == 0);
+  return aligned && view.stride[3] == 1 && view.size[3] == DK * kWarp && view.stride[2] >= 0 &&
+         view.stride[2] < (int64_t{1} << 20);
+}
+
+// Calls run<S>() with the element that the tensors of a call share, where all of them lie in quads; else with
+// Any. Heads of 64 channels alone, those of the presets, have kernels of their own for each element.
+template <typename T, int DK, typename Run>
+void with_elements(std::initializer_list<View> views, const Run& run) {
+  if constexpr (sizeof(T) == 4 && DK == 2) {
+    if (std::all_of(views.begin(), views.end(), in_quads<DK>)) {
+      switch (views.begin()->dtype) {
+        case DType::kFloat32:
+          return run.template operator()<float>();
+        case DType::kBFloat16:
+          return run.template operator()<__nv_bfloat16>();
+        default:
+          return run.template operator()<__half>();
+      }
+    }
+  }
+  run.template operator()<Any>();
+}
 
 template <typename T>
 __device__ inline T warp_sum(T value) {
@@ -166,17 +311,18 @@ __device__ inline T warp_sum(T value) {
 
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
+__device__ inline float power_of_two(float x) { return exp2f(x); }
+__device__ inline double power_of_two(double x) { return exp2(x); }
 __device__ inline float absolute(float x) { return fabsf(x); }
 __device__ inline double absolute(double x) { return fabs(x); }
 
-// w with the sign of `difference`, 0 where that is 0; a NaN difference keeps w, which is NaN then.
-__device__ inline float signed_by(float difference, float w) {
-  const float turned =
-      __int_as_float((__float_as_int(difference) & static_cast<int>(0x80000000u)) ^ __float_as_int(w));
-  return difference == 0.0f ? 0.0f : turned;
-}
-__device__ inline double signed_by(double difference, double w) {
-  return difference == 0.0 ? 0.0 : difference < 0.0 ? -w : w;
+// 1, 1/2 or 0 where the difference is positive, 0 or negative: a sum of w times this, doubled, less the sum
+// of w, is the sum of w sign(difference), in one instruction a step in place of three. All float32
+// differences from 2^-128 on are told from 0; what two numbers below 2^-104 may differ by and is smaller,
+// lies between. NaN gives 0 (1/2 in float64): the w beside it is NaN then.
+__device__ inline float step_of(float difference) { return __saturatef(difference * 0x1p127f + 0.5f); }
+__device__ inline double step_of(double difference) {
+  return difference > 0.0 ? 1.0 : difference < 0.0 ? 0.0 : 0.5;
 }
 
 }  // namespace lf

@@ -14,7 +14,7 @@ namespace {
 template <typename T>
 struct KeyArguments {
   View k, v, landmarks;
-  T scale;
+  Scale<T> scale;
   int groups_per_round, rounds;
   Cut cut;
   T* partials;
@@ -51,72 +51,90 @@ __device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, T* mem
 }
 
 template <typename T, int DK>
+struct KeyMemory {
+  Four<T>*keys, *values, *parts, *deviation, *landmarks;
+  T* columns;
+  int64_t bytes;
+
+  template <typename L>
+  __host__ __device__ constexpr KeyMemory(L layout, int groups, bool) {
+    keys = layout.template tokens<T, DK>(), values = layout.template tokens<T, DK>();
+    parts = layout.template take<Four<T>>(kWarps * kQuads<DK>),
+    deviation = layout.template take<Four<T>>(kWarp);
+    landmarks = layout.template landmarks<T, DK>(groups);
+    columns = layout.template columns<T>(groups);
+    bytes = layout.bytes;
+  }
+};
+static_assert(kTwoBlocksFit<KeyMemory<float, 2>>);
+
+template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(const KeyArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   if (blockIdx.x < a.solver_blocks) {
     solve_head<T>(a, blockIdx.x, reinterpret_cast<T*>(memory));
     return;
   }
-  Four<T>* keys = reinterpret_cast<Four<T>*>(memory);
-  Four<T>* values = keys + kQuads<DK> * kTokenStride<T>;
-  Four<T>* landmarks = values + kQuads<DK> * kTokenStride<T>;
-  T* columns = reinterpret_cast<T*>(landmarks + a.groups_per_round * kGroup * kQuads<DK>);
-  T* parts = columns + a.groups_per_round * kGroup * kColumnStride<T>;
-  T* shift = parts + kWarps * DK * kWarp;
-  const int64_t item = blockIdx.x - a.solver_blocks, head = item / a.cut.chunks, chunk = item % a.cut.chunks;
-  const Rows k = Rows::of(a.k, head), v = Rows::of(a.v, head), l = Rows::of(a.landmarks, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = k.channels,
+  const KeyMemory<T, DK> shared(Layout{memory}, a.groups_per_round, a.rounds > 1);
+  const unsigned item = blockIdx.x - static_cast<unsigned>(a.solver_blocks),
+                 chunks = static_cast<unsigned>(a.cut.chunks), chunk = item % chunks;
+  const Head block_head(a.k, item / chunks);
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
   T* sums = a.partials + item * a.partial_size;
   T* mass = sums + static_cast<int64_t>(m) * channels;
-  T deviation = 0;
+  Four<T> shift = {};  // of the thread's quad
+  Four<T> sum[kGroup] = {};
+  T kernel_sum[kGroup] = {};
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
     const auto [first, count] = a.cut.template span<T>(chunk, tile);
     if (count == 0) break;
+    const Head head = block_head.again();
     __syncthreads();
-    load_tokens<T, DK>(k, first, count, keys);
-    load_tokens<T, DK>(v, first, count, values);
-    __syncthreads();
-    const T total = channel_sum<T, DK>(values, parts);
-    if (threadIdx.x < DK * kWarp) {
-      if (tile == 0) shift[threadIdx.x] = total / count;
-      deviation += total - count * shift[threadIdx.x];
-    }
-    __syncthreads();
-    for (int index = threadIdx.x; index < count * DK * kWarp; index += kThreads) {
-      token_channel(values, index / (DK * kWarp), index % (DK * kWarp)) -= shift[index % (DK * kWarp)];
+    load_tokens<T, DK>(RowsOf<S, DK>::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
+    {
+      OwnQuads<T, DK> values;
+      read_tokens<T, DK>(RowsOf<S, DK>::of(a.v, head).from(first), count, T{0}, shared.values, values);
+      if (tile == 0) shift = mean_of_tokens<T, DK>(values, count, shared.parts);
+      subtract<T, DK>(shift, count, values);
+      put_tokens<T, DK>(values, shared.values);
     }
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
-      if (tile == 0 || a.rounds > 1) {
-        __syncthreads();
-        load_landmarks<T, DK>(l, round * per_round, per_round, m, landmarks);
-      }
+      if (round > 0) __syncthreads();
+      if (tile == 0 || a.rounds > 1)
+        load_landmarks<T, DK>(RowsOf<S, DK>::of(a.landmarks, head), round * per_round, per_round, m, kFar<T>,
+                              shared.landmarks);
       __syncthreads();
+      if (round == 0) add_tokens<T, DK>(shared.values, tile == 0, shared.deviation);
       if (group.count == 0) continue;
       Columns<T> kernel;
-      kernel_columns<T, DK>(keys, landmarks + group.row * kQuads<DK>, channels, count, group.count, a.scale,
-                            kernel);
+      kernel_columns<T, DK>(shared.keys, shared.landmarks + group.row * kQuads<DK>, channels,
+                            a.scale.exponent, kernel);
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        T sum = 0;
 #pragma unroll
-        for (int i = 0; i < kPerLane<T>; ++i) sum += kernel[j][i];
-        if (j < group.count) add_scalar<T>(sum, tile == 0, mass + group.first + j);
+        for (int i = 0; i < kPerLane<T>; ++i) kernel_sum[j] += kernel[j][i];
       }
-      T* own = columns + group.row * kColumnStride<T>;
+      T* own = shared.columns + group.row * kColumnStride<T>;
       put_columns<T>(kernel, own);
       __syncwarp();
-      T sum[kGroup][DK];
-      sum_over_tokens<T, DK>(own, values, sum);
-      add_rows<T, DK>(sum, group, channels, tile == 0, sums);
+      sum_over_tokens<T, DK>(own, shared.values, sum);
       __syncwarp();
+      if (a.rounds > 1) {
+        add_rows<T, DK>(sum, group, channels, tile == 0, sums);
+        add_numbers<T>(sums_by_landmark<T>(kernel_sum), group, tile == 0, mass);
+        clear(sum), clear(kernel_sum);
+      }
     }
   }
-  if (threadIdx.x < channels) {
-    mass[m + threadIdx.x] = shift[threadIdx.x];
-    mass[m + channels + threadIdx.x] = deviation;
+  if (a.rounds == 1) {
+    const Group group(0, a.groups_per_round, m);
+    add_rows<T, DK>(sum, group, channels, true, sums);
+    add_numbers<T>(sums_by_landmark<T>(kernel_sum), group, true, mass);
   }
+  if (threadIdx.x < kQuads<DK>) put_quad<T>(shift, threadIdx.x, channels, mass + m);
+  put_sum<T, DK>(shared.deviation, channels, mass + m + channels);
 }
 
 constexpr int kFinishThreads = 512;
@@ -215,13 +233,14 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
   }
 }
 
-// Forward, queries: one tile a block.
+// Forward, queries.
 template <typename T>
 struct QueryArguments {
   View q, landmarks, out;
-  T scale, tau;
+  Scale<T> scale;
+  T tau;
   int groups_per_round, rounds;
-  int64_t tiles;
+  Cut cut;
   const T *pooled_values, *pooled_mass, *mean_value;
 };
 
@@ -232,62 +251,86 @@ __device__ inline T reciprocal_mass(T mass, T tau) {
 }
 
 template <typename T, int DK>
+struct QueryMemory {
+  Four<T>*queries, *landmarks, *pooled;
+  T *columns, *pooled_mass, *parts;
+  int64_t bytes;
+
+  template <typename L>
+  __host__ __device__ constexpr QueryMemory(L layout, int groups, bool) {
+    queries = layout.template tokens<T, DK>();
+    parts = layout.template take<T>(kWarps * kTokens<T>);
+    columns = layout.template columns<T>(groups), pooled_mass = layout.template take<T>(groups * kGroup);
+    landmarks = layout.template landmarks<T, DK>(groups), pooled = layout.template landmarks<T, DK>(groups);
+    bytes = layout.bytes;
+  }
+};
+static_assert(kTwoBlocksFit<QueryMemory<float, 2>>);
+
+template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
     stream_queries(const QueryArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  Four<T>* queries = reinterpret_cast<Four<T>*>(memory);
-  Four<T>* landmarks = queries + kQuads<DK> * kTokenStride<T>;
-  Four<T>* pooled = landmarks + a.groups_per_round * kGroup * kQuads<DK>;
-  T* columns = reinterpret_cast<T*>(pooled + a.groups_per_round * kGroup * kQuads<DK>);
-  T* parts = columns + a.groups_per_round * kGroup * kColumnStride<T>;
+  const QueryMemory<T, DK> shared(Layout{memory}, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t head = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * kTokens<T>;
-  const Rows q = Rows::of(a.q, head), l = Rows::of(a.landmarks, head), out = Rows::of(a.out, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = q.channels,
+  const unsigned chunks = static_cast<unsigned>(a.cut.chunks), chunk = blockIdx.x % chunks;
+  const Head block_head(a.q, blockIdx.x / chunks);
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
-  const int count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.q.size[2] - first));
-  const Rows u = Rows::of<T>(a.pooled_values + head * m * channels, channels);
-  load_tokens<T, DK>(q, first, count, queries);
-  T mass[kPerLane<T>] = {}, sum[kOwn<T>][DK] = {};
-  for (int round = 0; round < a.rounds; ++round) {
-    const Group group(round, a.groups_per_round, m);
-    load_landmarks<T, DK>(l, round * per_round, per_round, m, landmarks);
-    load_landmarks<T, DK>(u, round * per_round, per_round, m, pooled);
+  for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
+    const auto [first, count] = a.cut.template span<T>(chunk, tile);
+    if (count == 0) break;
+    const Head head = block_head.again();
     __syncthreads();
-    if (group.count > 0) {
-      Columns<T> kernel;
-      kernel_columns<T, DK>(queries, landmarks + group.row * kQuads<DK>, channels, count, group.count,
-                            a.scale, kernel);
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
-        const T t = j < group.count ? a.pooled_mass[head * m + group.first + j] : T{0};
-#pragma unroll
-        for (int i = 0; i < kPerLane<T>; ++i) mass[i] += kernel[j][i] * t;
+    load_tokens<T, DK>(RowsOf<S, DK>::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
+    T mass[kPerLane<T>] = {};
+    Four<T> sum[kOwnOfShare<T, DK>] = {};
+    for (int round = 0; round < a.rounds; ++round) {
+      const Group group(round, a.groups_per_round, m);
+      if (round > 0) __syncthreads();
+      if (tile == 0 || a.rounds > 1) {
+        const auto l = RowsOf<S, DK>::of(a.landmarks, head);
+        const auto u = MatrixOf<T, S, DK>::of(a.pooled_values + head.start(m * channels), channels);
+        load_landmarks<T, DK>(l, round * per_round, per_round, m, kFar<T>, shared.landmarks);
+        load_landmarks<T, DK>(u, round * per_round, per_round, m, T{0}, shared.pooled);
+        load_numbers<T>(a.pooled_mass + head.start(m), round * per_round, per_round, m, shared.pooled_mass);
       }
-      put_columns<T>(kernel, columns + group.row * kColumnStride<T>);
+      __syncthreads();
+      if (group.count > 0) {
+        Columns<T> kernel;
+        kernel_columns<T, DK>(shared.queries, shared.landmarks + group.row * kQuads<DK>, channels,
+                              a.scale.exponent, kernel);
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+          for (int i = 0; i < kPerLane<T>; ++i) mass[i] += kernel[j][i] * shared.pooled_mass[group.row + j];
+        }
+        put_columns<T>(kernel, shared.columns + group.row * kColumnStride<T>);
+      }
+#pragma unroll
+      for (int i = 0; i < kPerLane<T>; ++i) shared.parts[warp * kTokens<T> + lane + i * kWarp] = mass[i];
+      __syncthreads();
+      sum_over_landmarks<T, DK>(shared.columns, shared.pooled,
+                                groups_of(min(per_round, m - round * per_round)), sum);
     }
-    __syncthreads();
-    sum_over_landmarks<T, DK>(columns, pooled, min(per_round, m - round * per_round), sum);
-    __syncthreads();
-  }
-#pragma unroll
-  for (int i = 0; i < kPerLane<T>; ++i) parts[warp * kTokens<T> + lane + i * kWarp] = mass[i];
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kOwn<T>; ++i) {
-    const int token = warp * kOwn<T> + i;
+    // Lane i has the mass of the warp's token i, the lanes kOwn apart a share of it each.
     T row_mass = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) row_mass += parts[w * kTokens<T> + token];
-    const T reciprocal = reciprocal_mass(row_mass, a.tau);
+    for (int w = lane / kOwn<T>; w < kWarps; w += kWarp / kOwn<T>)
+      row_mass += shared.parts[w * kTokens<T> + warp * kOwn<T> + lane % kOwn<T>];
 #pragma unroll
-    for (int k = 0; k < DK; ++k) {
-      const int channel = lane + k * kWarp;
-      if (token < count && channel < channels) {
-        store<T>(out.at(first + token, channel), out.dtype,
-                 sum[i][k] * reciprocal + a.mean_value[head * channels + channel]);
-      }
+    for (int offset = kOwn<T>; offset < kWarp; offset *= 2)
+      row_mass += __shfl_xor_sync(0xffffffffu, row_mass, offset);
+    const T own_reciprocal = reciprocal_mass(row_mass, a.tau);
+    const Four<T> mean = read_quad<T>(a.mean_value + head.start(channels), own_quad<DK>(), channels);
+#pragma unroll
+    for (int i = 0; i < kOwnOfShare<T, DK>; ++i) {
+      const T reciprocal = __shfl_sync(0xffffffffu, own_reciprocal, own_share<DK>() * kOwnOfShare<T, DK> + i);
+#pragma unroll
+      for (int u = 0; u < 4; ++u) sum[i].at[u] = sum[i].at[u] * reciprocal + mean.at[u];
     }
+    put_rows<T, DK>(sum, RowsOf<S, DK>::of(a.out, head).from(first), first_own_token<T, DK>(), count,
+                    shared.queries);
   }
 }
 
@@ -296,7 +339,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
 template <typename T>
 struct QueryGradientArguments {
   View grad, q, landmarks, dq;
-  T scale, tau;
+  Scale<T> scale;
+  T tau;
   int groups_per_round, rounds;
   Cut cut;
   const T *pooled_values, *pooled_mass;
@@ -305,63 +349,87 @@ struct QueryGradientArguments {
 };
 
 template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
+struct QueryGradientMemory {
+  Four<T>*queries, *grads, *dqueries, *grad_sum, *landmarks, *pooled;
+  T *columns, *totals, *pooled_mass, *mass_parts, *dmass_parts, *reciprocals, *dmasses;
+  int64_t bytes;
+
+  // With one round the queries' gradients take the place of the upstream ones, which then have been used.
+  template <typename L>
+  __host__ __device__ constexpr QueryGradientMemory(L layout, int groups, bool several_rounds) {
+    queries = layout.template tokens<T, DK>(), grads = layout.template tokens<T, DK>();
+    grad_sum = layout.template take<Four<T>>(kWarp);
+    mass_parts = layout.template take<T>(kWarps * kTokens<T>),
+    dmass_parts = layout.template take<T>(kWarps * kTokens<T>);
+    reciprocals = layout.template take<T>(kTokens<T>), dmasses = layout.template take<T>(kTokens<T>);
+    columns = layout.template columns<T>(groups), totals = layout.template totals<T>(groups);
+    pooled_mass = layout.template take<T>(groups * kGroup);
+    landmarks = layout.template landmarks<T, DK>(groups), pooled = layout.template landmarks<T, DK>(groups);
+    dqueries = several_rounds ? layout.template tokens<T, DK>() : grads;
+    bytes = layout.bytes;
+  }
+};
+static_assert(kTwoBlocksFit<QueryGradientMemory<float, 2>>);
+
+template <typename T, int DK, typename S>
+__global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     query_gradients(const QueryGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  Four<T>* queries = reinterpret_cast<Four<T>*>(memory);
-  Four<T>* grads = queries + kQuads<DK> * kTokenStride<T>;
-  Four<T>* dqueries = grads + kQuads<DK> * kTokenStride<T>;
-  Four<T>* landmarks = dqueries + kQuads<DK> * kTokenStride<T>;
-  Four<T>* pooled = landmarks + a.groups_per_round * kGroup * kQuads<DK>;
-  T* columns = reinterpret_cast<T*>(pooled + a.groups_per_round * kGroup * kQuads<DK>);
-  T* mass_parts = columns + a.groups_per_round * kGroup * kColumnStride<T>;
-  T* dmass_parts = mass_parts + kWarps * max(kTokens<T>, DK * kWarp);
-  T* reciprocals = dmass_parts + kWarps * kTokens<T>;
-  T* dmasses = reciprocals + kTokens<T>;
+  const QueryGradientMemory<T, DK> shared(Layout{memory}, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t head = blockIdx.x / a.cut.chunks, chunk = blockIdx.x % a.cut.chunks;
-  const Rows grad = Rows::of(a.grad, head), q = Rows::of(a.q, head), l = Rows::of(a.landmarks, head),
-             dq = Rows::of(a.dq, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = q.channels,
+  const unsigned chunks = static_cast<unsigned>(a.cut.chunks), chunk = blockIdx.x % chunks;
+  const Head block_head(a.q, blockIdx.x / chunks);
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
-  const Rows u = Rows::of<T>(a.pooled_values + head * m * channels, channels);
-  T* dvalues = a.partials + blockIdx.x * a.partial_size;
-  T* dlandmarks = dvalues + static_cast<int64_t>(m) * channels;
-  T* dpooled_mass = dlandmarks + static_cast<int64_t>(m) * channels;
-  T grad_sum = 0;
+  Vector<T, DK> value_sum[kGroup] = {};
+  T mass_sum = 0;
+  LandmarkGradients<T, DK> gradients;
+  // Of the only round into the partial sums, or a round's and a tile's added to them.
+  const auto write = [&](const Group& group, bool set) {
+    T* dvalues = a.partials + blockIdx.x * a.partial_size;
+    T* dlandmarks = dvalues + static_cast<int64_t>(m) * channels;
+    Vector<T, DK> sums[kGroup];
+    gradients.finish(sums);
+    add_rows<T, DK>(value_sum, group, channels, set, dvalues);
+    add_rows<T, DK>(sums, group, channels, set, dlandmarks);
+    add_numbers<T>(mass_sum, group, set, dlandmarks + static_cast<int64_t>(m) * channels);
+  };
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
     const auto [first, count] = a.cut.template span<T>(chunk, tile);
     if (count == 0) break;
+    const Head head = block_head.again();
     __syncthreads();
-    load_tokens<T, DK>(q, first, count, queries);
-    load_tokens<T, DK>(grad, first, count, grads);
-    clear_tokens<T, DK>(dqueries);
-    __syncthreads();
-    grad_sum += channel_sum<T, DK>(grads, mass_parts);
+    load_tokens<T, DK>(RowsOf<S, DK>::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
+    load_tokens<T, DK>(RowsOf<S, DK>::of(a.grad, head).from(first), count, T{0}, shared.grads);
 
     // Once over the landmarks for the mass under each query and its gradient; with one round its columns stay
     // in registers.
     Columns<T> kernel, dkernel;
+    unsigned pairs = 0;
     T mass[kPerLane<T>] = {}, dmass[kPerLane<T>] = {};
     const auto load_round = [&](int round) {
-      load_landmarks<T, DK>(l, round * per_round, per_round, m, landmarks);
-      load_landmarks<T, DK>(u, round * per_round, per_round, m, pooled);
-      __syncthreads();
+      const auto l = RowsOf<S, DK>::of(a.landmarks, head);
+      const auto u = MatrixOf<T, S, DK>::of(a.pooled_values + head.start(m * channels), channels);
+      load_landmarks<T, DK>(l, round * per_round, per_round, m, kFar<T>, shared.landmarks);
+      load_landmarks<T, DK>(u, round * per_round, per_round, m, T{0}, shared.pooled);
+      load_numbers<T>(a.pooled_mass + head.start(m), round * per_round, per_round, m, shared.pooled_mass);
     };
     const auto compute_columns = [&](const Group& group) {
-      kernel_columns<T, DK>(queries, landmarks + group.row * kQuads<DK>, channels, count, group.count,
-                            a.scale, kernel);
-      product_columns<T, DK>(grads, pooled + group.row * kQuads<DK>, channels, dkernel);
+      pairs = kernel_columns<T, DK>(shared.queries, shared.landmarks + again(group.row) * kQuads<DK>,
+                                    channels, a.scale.exponent, kernel);
+      product_columns<T, DK>(shared.grads, shared.pooled + group.row * kQuads<DK>, channels, dkernel);
     };
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
       if (round > 0) __syncthreads();
       if (tile == 0 || a.rounds > 1) load_round(round);
+      __syncthreads();
+      if (round == 0) add_tokens<T, DK>(shared.grads, tile == 0, shared.grad_sum);
       if (group.count == 0) continue;
       compute_columns(group);
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        const T t = j < group.count ? a.pooled_mass[head * m + group.first + j] : T{0};
+        const T t = shared.pooled_mass[group.row + j];
 #pragma unroll
         for (int i = 0; i < kPerLane<T>; ++i) {
           mass[i] += kernel[j][i] * t;
@@ -371,68 +439,81 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
     }
 #pragma unroll
     for (int i = 0; i < kPerLane<T>; ++i) {
-      mass_parts[warp * kTokens<T> + lane + i * kWarp] = mass[i];
-      dmass_parts[warp * kTokens<T> + lane + i * kWarp] = dmass[i];
+      shared.mass_parts[warp * kTokens<T> + lane + i * kWarp] = mass[i];
+      shared.dmass_parts[warp * kTokens<T> + lane + i * kWarp] = dmass[i];
     }
     __syncthreads();
     if (threadIdx.x < kTokens<T>) {
       T all_mass = 0, all_dmass = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        all_mass += mass_parts[w * kTokens<T> + threadIdx.x];
-        all_dmass += dmass_parts[w * kTokens<T> + threadIdx.x];
+        all_mass += shared.mass_parts[w * kTokens<T> + threadIdx.x];
+        all_dmass += shared.dmass_parts[w * kTokens<T> + threadIdx.x];
       }
       const T reciprocal = reciprocal_mass(all_mass, a.tau);
-      reciprocals[threadIdx.x] = reciprocal;
-      dmasses[threadIdx.x] = all_mass < 0 ? T{0} : -reciprocal * reciprocal * all_dmass;
+      const bool real = static_cast<int>(threadIdx.x) < count;
+      shared.reciprocals[threadIdx.x] = real ? reciprocal : T{0};
+      shared.dmasses[threadIdx.x] = real && !(all_mass < 0) ? -reciprocal * reciprocal * all_dmass : T{0};
     }
     __syncthreads();
 
     // Again for what needs them.
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
-      if (a.rounds > 1) load_round(round);
-      T* own = columns + group.row * kColumnStride<T>;
+      if (a.rounds > 1) {
+        load_round(round);
+        __syncthreads();
+      }
+      T *own = shared.columns + group.row * kColumnStride<T>,
+        *totals = shared.totals + group.row / kGroup * kColumnStride<T>;
+      Columns<T> weights;
       if (group.count > 0) {
         if (a.rounds > 1) compute_columns(group);
-        T weights[kGroup][kPerLane<T>];
+        T reciprocal[kPerLane<T>], dmass[kPerLane<T>], kernel_dmass[kGroup] = {};
+#pragma unroll
+        for (int i = 0; i < kPerLane<T>; ++i) {
+          reciprocal[i] = shared.reciprocals[lane + i * kWarp], dmass[i] = shared.dmasses[lane + i * kWarp];
+        }
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
-          const T t = j < group.count ? a.pooled_mass[head * m + group.first + j] : T{0};
-          T dt = 0;
+          const T t = shared.pooled_mass[group.row + j];
 #pragma unroll
           for (int i = 0; i < kPerLane<T>; ++i) {
-            const int token = lane + i * kWarp;
-            dt += kernel[j][i] * dmasses[token];
+            kernel_dmass[j] += kernel[j][i] * dmass[i];
             weights[j][i] =
-                kernel[j][i] * (reciprocals[token] * dkernel[j][i] + dmasses[token] * t) / a.scale;
-            kernel[j][i] *= reciprocals[token];
+                kernel[j][i] * (reciprocal[i] * dkernel[j][i] + dmass[i] * t) * a.scale.twice_inverse;
+            kernel[j][i] *= reciprocal[i];
           }
-          if (j < group.count) add_scalar<T>(dt, tile == 0, dpooled_mass + group.first + j);
         }
+        mass_sum += sums_by_landmark<T>(kernel_dmass);
         put_columns<T>(kernel, own);
         __syncwarp();
-        T sum[kGroup][DK];
-        sum_over_tokens<T, DK>(own, grads, sum);
-        add_rows<T, DK>(sum, group, channels, tile == 0, dvalues);
+        sum_over_tokens<T, DK>(own, shared.grads, value_sum);
         __syncwarp();
-        put_columns<T>(weights, own);
-        __syncwarp();
+        drop_coinciding<T>(pairs, weights);
+        put_weights<T>(weights, own, totals);
       }
-      T sum[kGroup][DK];
-      sign_gradients<T, DK>(own, queries, landmarks + group.row * kQuads<DK>, group.count > 0, dqueries, sum);
-      if (group.count > 0) add_rows<T, DK>(sum, group, channels, tile == 0, dlandmarks);
+      __syncthreads();
+      sign_gradients<T, DK>(own, totals, shared.queries, shared.landmarks + group.row * kQuads<DK>,
+                            group.count > 0, round == 0, shared.dqueries, gradients);
+      if (a.rounds > 1) {
+        write(group, tile == 0);
+        gradients = {}, clear(value_sum), mass_sum = 0;
+      }
     }
-    store_tokens<T, DK>(dqueries, dq, first, count);
+    const QueryGradientMemory<T, DK> same(Layout{memory}, again(a.groups_per_round), a.rounds > 1);
+    store_tokens<T, DK>(same.dqueries, RowsOf<S, DK>::of(a.dq, head).from(first), count);
   }
-  if (threadIdx.x < channels) dpooled_mass[m + threadIdx.x] = grad_sum;
+  if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
+  put_sum<T, DK>(shared.grad_sum, channels,
+                 a.partials + blockIdx.x * a.partial_size + 2 * static_cast<int64_t>(m) * channels + m);
 }
 
 // Backward, keys and values. A chunk's partial sums: the landmarks' gradient (m, channels).
 template <typename T>
 struct KeyGradientArguments {
   View k, v, landmarks, dk, dv;
-  T scale;
+  Scale<T> scale;
   int groups_per_round, rounds;
   Cut cut;
   const T *dsums, *dmass;      // dP (heads, m, channels) and dp (heads, m)
@@ -440,93 +521,134 @@ struct KeyGradientArguments {
   const T* totals;             // the query pass's sums, the upstream gradient's from `grad_sum_at`
   int64_t total_size, grad_sum_at;
   T* partials;
+  T share, weight_share;  // 1 / N and 2 / (N scale)
 };
 
 template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
+struct KeyGradientMemory {
+  Four<T>*keys, *values, *dkeys, *dvalues, *landmarks, *dsums;
+  T *columns, *totals, *mass, *dmass;
+  int64_t bytes;
+
+  // With one round the keys' gradients take the place of the values, which then have been used, and those of
+  // the values stay in registers.
+  template <typename L>
+  __host__ __device__ constexpr KeyGradientMemory(L layout, int groups, bool several_rounds) {
+    keys = layout.template tokens<T, DK>(), values = layout.template tokens<T, DK>();
+    columns = layout.template columns<T>(groups), totals = layout.template totals<T>(groups);
+    mass = layout.template take<T>(groups * kGroup), dmass = layout.template take<T>(groups * kGroup);
+    landmarks = layout.template landmarks<T, DK>(groups), dsums = layout.template landmarks<T, DK>(groups);
+    dkeys = several_rounds ? layout.template tokens<T, DK>() : values;
+    dvalues = several_rounds ? layout.template tokens<T, DK>() : nullptr;
+    bytes = layout.bytes;
+  }
+};
+static_assert(kTwoBlocksFit<KeyGradientMemory<float, 2>>);
+
+template <typename T, int DK, typename S>
+__global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     key_gradients(const KeyGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  Four<T>* keys = reinterpret_cast<Four<T>*>(memory);
-  Four<T>* values = keys + kQuads<DK> * kTokenStride<T>;
-  Four<T>* dkeys = values + kQuads<DK> * kTokenStride<T>;
-  Four<T>* landmarks = dkeys + kQuads<DK> * kTokenStride<T>;
-  Four<T>* dsums = landmarks + a.groups_per_round * kGroup * kQuads<DK>;
-  T* columns = reinterpret_cast<T*>(dsums + a.groups_per_round * kGroup * kQuads<DK>);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t head = blockIdx.x / a.cut.chunks, chunk = blockIdx.x % a.cut.chunks;
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = static_cast<int>(a.k.size[3]),
+  const KeyGradientMemory<T, DK> shared(Layout{memory}, a.groups_per_round, a.rounds > 1);
+  const unsigned chunks = static_cast<unsigned>(a.cut.chunks), chunk = blockIdx.x % chunks;
+  const Head block_head(a.k, blockIdx.x / chunks);
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
-  const T n = static_cast<T>(a.cut.tokens);
-  T* dlandmarks = a.partials + blockIdx.x * static_cast<int64_t>(m) * channels;
+  LandmarkGradients<T, DK> gradients;
+  // Of the only round into the partial sums, or a round's and a tile's added to them.
+  const auto write = [&](const Group& group, bool set) {
+    Vector<T, DK> sums[kGroup];
+    gradients.finish(sums);
+    add_rows<T, DK>(sums, group, channels, set, a.partials + blockIdx.x * static_cast<int64_t>(m) * channels);
+  };
   for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
     const auto [first, count] = a.cut.template span<T>(chunk, tile);
     if (count == 0) break;
+    const Head head = block_head.again();
     __syncthreads();
-    load_tokens<T, DK>(Rows::of(a.k, head), first, count, keys);
-    load_tokens<T, DK>(Rows::of(a.v, head), first, count, values);
-    clear_tokens<T, DK>(dkeys);
-    __syncthreads();
-    for (int index = threadIdx.x; index < count * channels; index += kThreads) {
-      token_channel(values, index / channels, index % channels) -=
-          a.mean_value[head * channels + index % channels];
+    load_tokens<T, DK>(RowsOf<S, DK>::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
+    {
+      OwnQuads<T, DK> values;
+      read_tokens<T, DK>(RowsOf<S, DK>::of(a.v, head).from(first), count, T{0}, shared.values, values);
+      subtract<T, DK>(read_quad<T>(a.mean_value + head.start(channels), own_quad<DK>(), channels), count,
+                      values);
+      put_tokens<T, DK>(values, shared.values);
     }
-    T own_dvalues[kOwn<T>][DK] = {};
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
       if (tile == 0 || a.rounds > 1) {
-        load_landmarks<T, DK>(Rows::of(a.landmarks, head), round * per_round, per_round, m, landmarks);
-        load_landmarks<T, DK>(Rows::of<T>(a.dsums + head * m * channels, channels), round * per_round,
-                              per_round, m, dsums);
+        const auto l = RowsOf<S, DK>::of(a.landmarks, head);
+        const auto dsums = MatrixOf<T, S, DK>::of(a.dsums + head.start(m * channels), channels);
+        load_landmarks<T, DK>(l, round * per_round, per_round, m, kFar<T>, shared.landmarks);
+        load_landmarks<T, DK>(dsums, round * per_round, per_round, m, T{0}, shared.dsums);
+        load_numbers<T>(a.mass + head.start(m), round * per_round, per_round, m, shared.mass);
+        load_numbers<T>(a.dmass + head.start(m), round * per_round, per_round, m, shared.dmass);
       }
       __syncthreads();
-      T* own = columns + group.row * kColumnStride<T>;
+      T *own = shared.columns + group.row * kColumnStride<T>,
+        *totals = shared.totals + group.row / kGroup * kColumnStride<T>;
       Columns<T> weights;
       if (group.count > 0) {
         Columns<T> kernel;
-        kernel_columns<T, DK>(keys, landmarks + group.row * kQuads<DK>, channels, count, group.count, a.scale,
-                              kernel);
-        product_columns<T, DK>(values, dsums + group.row * kQuads<DK>, channels, weights);
+        const unsigned pairs = kernel_columns<T, DK>(shared.keys, shared.landmarks + group.row * kQuads<DK>,
+                                                     channels, a.scale.exponent, kernel);
+        product_columns<T, DK>(shared.values, shared.dsums + group.row * kQuads<DK>, channels, weights);
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
-          const bool real = j < group.count;
-          const T dmass = real ? a.dmass[head * m + group.first + j] : T{0},
-                  mass = real ? a.mass[head * m + group.first + j] : T{0};
+          const T mass = shared.mass[group.row + j], dmass = shared.dmass[group.row + j];
 #pragma unroll
           for (int i = 0; i < kPerLane<T>; ++i) {
-            weights[j][i] = kernel[j][i] * (weights[j][i] + dmass) / (n * a.scale);
+            weights[j][i] = kernel[j][i] * (weights[j][i] + dmass) * a.weight_share;
             // The mean of dV leaves before the product: on close tokens the difference after it would cancel
             // to nothing.
-            kernel[j][i] = (kernel[j][i] - mass) / n;
+            kernel[j][i] = (kernel[j][i] - mass) * a.share;
           }
         }
         put_columns<T>(kernel, own);
+        drop_coinciding<T>(pairs, weights);
       }
       __syncthreads();
-      sum_over_landmarks<T, DK>(columns, dsums, min(per_round, m - round * per_round), own_dvalues);
-      __syncthreads();
-      if (group.count > 0) {
-        put_columns<T>(weights, own);
-        __syncwarp();
-      }
-      T sum[kGroup][DK];
-      sign_gradients<T, DK>(own, keys, landmarks + group.row * kQuads<DK>, group.count > 0, dkeys, sum);
-      if (group.count > 0) add_rows<T, DK>(sum, group, channels, tile == 0, dlandmarks);
-    }
-    store_tokens<T, DK>(dkeys, Rows::of(a.dk, head), first, count);
-    const Rows dv = Rows::of(a.dv, head);
+      {
+        Four<T> dvalues[kOwnOfShare<T, DK>] = {};
+        Four<T>* kept = shared.dvalues + own_quad<DK>() * kTokenStride<T> + first_own_token<T, DK>();
+        if (round > 0) {
 #pragma unroll
-    for (int i = 0; i < kOwn<T>; ++i) {
-      const int token = warp * kOwn<T> + i;
+          for (int i = 0; i < kOwnOfShare<T, DK>; ++i) dvalues[i] = kept[i];
+        }
+        sum_over_landmarks<T, DK>(shared.columns, shared.dsums,
+                                  groups_of(min(per_round, m - round * per_round)), dvalues);
+        if (round + 1 < a.rounds) {
 #pragma unroll
-      for (int c = 0; c < DK; ++c) {
-        const int channel = lane + c * kWarp;
-        if (token < count && channel < channels) {
-          const T mean = a.totals[head * a.total_size + a.grad_sum_at + channel] / n;
-          store<T>(dv.at(first + token, channel), dv.dtype, own_dvalues[i][c] + mean);
+          for (int i = 0; i < kOwnOfShare<T, DK>; ++i) kept[i] = dvalues[i];
+        } else {
+          // The mean of dV is the same for all tokens.
+          const Four<T> grad_sum =
+              read_quad<T>(a.totals + head.start(a.total_size) + a.grad_sum_at, own_quad<DK>(), channels);
+#pragma unroll
+          for (int i = 0; i < kOwnOfShare<T, DK>; ++i) {
+#pragma unroll
+            for (int u = 0; u < 4; ++u) dvalues[i].at[u] += grad_sum.at[u] * a.share;
+          }
+          put_rows<T, DK>(dvalues, RowsOf<S, DK>::of(a.dv, head).from(first), first_own_token<T, DK>(), count,
+                          shared.values);
         }
       }
+      __syncthreads();
+      if (group.count > 0) {
+        put_weights<T>(weights, own, totals);
+        __syncwarp();
+      }
+      sign_gradients<T, DK>(own, totals, shared.keys, shared.landmarks + group.row * kQuads<DK>,
+                            group.count > 0, round == 0, shared.dkeys, gradients);
+      if (a.rounds > 1) {
+        write(group, tile == 0);
+        gradients = {};
+      }
     }
+    const KeyGradientMemory<T, DK> same(Layout{memory}, again(a.groups_per_round), a.rounds > 1);
+    store_tokens<T, DK>(same.dkeys, RowsOf<S, DK>::of(a.dk, head).from(first), count);
   }
+  if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
 }
 
 // U = A P and t = A p from what the forward pass saved.
@@ -551,11 +673,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
   keys.partial_size = m * channels + m + 2 * channels;
   Tensor partials = empty({heads, cut.chunks, keys.partial_size}, type, q);
   keys.partials = data<T>(partials);
-  int64_t fixed = 2 * kTokenBytes<T, DK> + (kWarps + 1) * DK * kWarp * sizeof(T),
-          per_group = kLandmarkBytes<T, DK> + kColumnBytes<T>;
-  keys.groups_per_round = groups_that_fit(m, fixed, per_group);
-  keys.rounds = rounds_of(m, keys.groups_per_round);
-  const int64_t stream_bytes = fixed + keys.groups_per_round * per_group;
+  const int64_t stream_bytes = plan_rounds<KeyMemory<T, DK>>(m, keys);
   const int64_t side = padded_to_four(static_cast<int>(m));
   const int64_t solve_bytes = std::max<int64_t>(solver_bytes<T>(m, static_cast<int>(iters)),
                                                 (side * side + m * (channels + 1)) * sizeof(T));
@@ -568,7 +686,9 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
     kernel_matrix(landmarks, landmarks, scale, gram);
     invert<T>(data<T>(gram), heads, m, iters, eps, data<T>(results.inverse), q);
   }
-  launch(stream_keys<T, DK>, keys.solver_blocks + heads * cut.chunks, kThreads, stream_bytes, q, keys);
+  with_elements<T, DK>({keys.k, keys.v, keys.landmarks}, [&]<typename S>() {
+    launch(stream_keys<T, DK, S>, keys.solver_blocks + heads * cut.chunks, kThreads, stream_bytes, q, keys);
+  });
 
   Tensor pooled_values = empty({heads, m, channels}, type, q), pooled_mass = empty({heads, m}, type, q);
   const FinishArguments<T> finish{data<T>(partials),
@@ -593,16 +713,14 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
                             static_cast<T>(tau),
                             0,
                             0,
-                            (q.size(2) + kTokens<T> - 1) / kTokens<T>,
+                            cut,
                             data<T>(pooled_values),
                             data<T>(pooled_mass),
                             data<T>(results.mean_value)};
-  fixed = kTokenBytes<T, DK> + kWarps * kTokens<T> * sizeof(T),
-  per_group = 2 * kLandmarkBytes<T, DK> + kColumnBytes<T>;
-  queries.groups_per_round = groups_that_fit(m, fixed, per_group);
-  queries.rounds = rounds_of(m, queries.groups_per_round);
-  launch(stream_queries<T, DK>, heads * queries.tiles, kThreads, fixed + queries.groups_per_round * per_group,
-         q, queries);
+  const int64_t query_bytes = plan_rounds<QueryMemory<T, DK>>(m, queries);
+  with_elements<T, DK>({queries.q, queries.landmarks, queries.out}, [&]<typename S>() {
+    launch(stream_queries<T, DK, S>, heads * cut.chunks, kThreads, query_bytes, q, queries);
+  });
 }
 
 template <typename T, int DK>
@@ -618,21 +736,18 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
   pool<T>(data<T>(inverse), data<T>(sums), data<T>(mass), heads, m, channels, data<T>(pooled_values),
           data<T>(pooled_mass), q);
 
-  const int64_t per_group = 2 * kLandmarkBytes<T, DK> + kColumnBytes<T>;
   const int64_t total_size = 2 * size + m + channels;
   Tensor partials = empty({heads, cut.chunks, total_size}, type, q),
          totals = empty({heads, total_size}, type, q);
   {
-    const int64_t fixed = 3 * kTokenBytes<T, DK> +
-                          (kWarps * std::max(kTokens<T>, DK * kWarp) + (kWarps + 2) * kTokens<T>)*sizeof(T);
     QueryGradientArguments<T> a{view(grad),         view(q), view(landmarks), view(dq), static_cast<T>(scale),
                                 static_cast<T>(tau)};
-    a.groups_per_round = groups_that_fit(m, fixed, per_group);
-    a.rounds = rounds_of(m, a.groups_per_round);
+    const int64_t bytes = plan_rounds<QueryGradientMemory<T, DK>>(m, a);
     a.cut = cut, a.pooled_values = data<T>(pooled_values), a.pooled_mass = data<T>(pooled_mass);
     a.partials = data<T>(partials), a.partial_size = total_size;
-    launch(query_gradients<T, DK>, heads * cut.chunks, kThreads, fixed + a.groups_per_round * per_group, q,
-           a);
+    with_elements<T, DK>({a.q, a.grad, a.landmarks, a.dq}, [&]<typename S>() {
+      launch(query_gradients<T, DK, S>, heads * cut.chunks, kThreads, bytes, q, a);
+    });
   }
   reduce<T>(
       {data<T>(partials), heads, cut.chunks, total_size, total_size, nullptr, nullptr, data<T>(totals), {}},
@@ -679,17 +794,18 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
   Tensor key_partials = empty({heads, cut.chunks, m, channels}, type, q),
          landmark_total = empty({heads, m, channels}, type, q);
   {
-    const int64_t fixed = 3 * kTokenBytes<T, DK>;
     KeyGradientArguments<T> keys{view(k),  view(v),  view(landmarks),
                                  view(dk), view(dv), static_cast<T>(scale)};
-    keys.groups_per_round = groups_that_fit(m, fixed, per_group);
-    keys.rounds = rounds_of(m, keys.groups_per_round);
+    const int64_t bytes = plan_rounds<KeyGradientMemory<T, DK>>(m, keys);
     keys.cut = cut, keys.dsums = data<T>(dsums), keys.dmass = data<T>(dmass), keys.mass = data<T>(mass),
     keys.mean_value = data<T>(mean_value);
     keys.totals = data<T>(totals), keys.total_size = total_size, keys.grad_sum_at = 2 * size + m;
     keys.partials = data<T>(key_partials);
-    launch(key_gradients<T, DK>, heads * cut.chunks, kThreads, fixed + keys.groups_per_round * per_group, q,
-           keys);
+    keys.share = static_cast<T>(1.0 / cut.tokens),
+    keys.weight_share = static_cast<T>(2 / (cut.tokens * scale));
+    with_elements<T, DK>({keys.k, keys.v, keys.landmarks, keys.dk, keys.dv}, [&]<typename S>() {
+      launch(key_gradients<T, DK, S>, heads * cut.chunks, kThreads, bytes, q, keys);
+    });
   }
   reduce<T>({data<T>(key_partials),
              heads,

@@ -6,7 +6,7 @@ namespace {
 template <typename T>
 struct ForwardArguments {
   View x, y, out;
-  T scale;
+  Scale<T> scale;
   int groups_per_round, rounds;
   int64_t tiles;
 };
@@ -22,15 +22,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) forward(cons
   const int m = static_cast<int>(a.y.size[2]),
             count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.x.size[2] - first));
   const int per_round = a.groups_per_round * kGroup;
-  load_tokens<T, DK>(x, first, count, tokens);
+  load_tokens<T, DK>(x.from(first), count, -kFar<T>, tokens);
   for (int round = 0; round < a.rounds; ++round) {
     const Group group(round, a.groups_per_round, m);
-    load_landmarks<T, DK>(y, round * per_round, per_round, m, landmarks);
+    load_landmarks<T, DK>(y, round * per_round, per_round, m, kFar<T>, landmarks);
     __syncthreads();
     if (group.count > 0) {
       Columns<T> values;
-      kernel_columns<T, DK>(tokens, landmarks + group.row * kQuads<DK>, x.channels, count, group.count,
-                            a.scale, values);
+      kernel_columns<T, DK>(tokens, landmarks + group.row * kQuads<DK>, x.channels, a.scale.exponent, values);
       put_columns<T>(values, columns + group.row * kColumnStride<T>);
     }
     __syncthreads();
@@ -47,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) forward(cons
 template <typename T>
 struct BackwardArguments {
   View grad, x, y, dx;
-  T scale;
+  Scale<T> scale;
   int groups_per_round, rounds;
   Cut cut;
   T* partials;  // (heads, chunks, m, channels)
@@ -60,6 +59,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(con
   Four<T>* dtokens = tokens + kQuads<DK> * kTokenStride<T>;
   Four<T>* landmarks = dtokens + kQuads<DK> * kTokenStride<T>;
   T* columns = reinterpret_cast<T*>(landmarks + a.groups_per_round * kGroup * kQuads<DK>);
+  T* totals = columns + a.groups_per_round * kGroup * kColumnStride<T>;
   const int lane = threadIdx.x % kWarp;
   const int64_t head = blockIdx.x / a.cut.chunks, chunk = blockIdx.x % a.cut.chunks;
   const Rows grad = Rows::of(a.grad, head), x = Rows::of(a.x, head), y = Rows::of(a.y, head),
@@ -70,11 +70,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(con
     const auto [first, count] = a.cut.template span<T>(chunk, tile);
     if (count == 0) break;
     __syncthreads();
-    load_tokens<T, DK>(x, first, count, tokens);
-    clear_tokens<T, DK>(dtokens);
+    load_tokens<T, DK>(x.from(first), count, -kFar<T>, tokens);
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
-      load_landmarks<T, DK>(y, round * per_round, per_round, m, landmarks);
+      load_landmarks<T, DK>(y, round * per_round, per_round, m, kFar<T>, landmarks);
       const int width = min(per_round, m - round * per_round);
       for (int index = threadIdx.x; index < kTokens<T> * width; index += kThreads) {
         const int token = index / width, column = index % width;
@@ -85,24 +84,31 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(con
       T* own = columns + group.row * kColumnStride<T>;
       if (group.count > 0) {
         Columns<T> values;
-        kernel_columns<T, DK>(tokens, landmarks + group.row * kQuads<DK>, x.channels, count, group.count,
-                              a.scale, values);
+        const unsigned pairs = kernel_columns<T, DK>(tokens, landmarks + group.row * kQuads<DK>, x.channels,
+                                                     a.scale.exponent, values);
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
           for (int i = 0; i < kPerLane<T>; ++i) {
             const T upstream = j < group.count ? own[j * kColumnStride<T> + lane + i * kWarp] : T{0};
-            values[j][i] *= upstream / a.scale;
+            values[j][i] *= upstream * a.scale.twice_inverse;
           }
         }
-        put_columns<T>(values, own);
+        drop_coinciding<T>(pairs, values);
+        put_weights<T>(values, own, totals + group.row / kGroup * kColumnStride<T>);
         __syncwarp();
       }
-      T sums[kGroup][DK];
-      sign_gradients<T, DK>(own, tokens, landmarks + group.row * kQuads<DK>, group.count > 0, dtokens, sums);
-      if (group.count > 0) add_rows<T, DK>(sums, group, x.channels, tile == 0, partial);
+      LandmarkGradients<T, DK> gradients;
+      sign_gradients<T, DK>(own, totals + group.row / kGroup * kColumnStride<T>, tokens,
+                            landmarks + group.row * kQuads<DK>, group.count > 0, round == 0, dtokens,
+                            gradients);
+      if (group.count > 0) {
+        Vector<T, DK> sums[kGroup];
+        gradients.finish(sums);
+        add_rows<T, DK>(sums, group, x.channels, tile == 0, partial);
+      }
     }
-    store_tokens<T, DK>(dtokens, dx, first, count);
+    store_tokens<T, DK>(dtokens, dx.from(first), count);
   }
 }
 
@@ -210,7 +216,8 @@ void kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& y, doub
     Tensor partials = empty({heads, cut.chunks, m, channels}, compute_type(x), x);
     BackwardArguments<T> a{view(grad), view(x), view(y), view(dx),         static_cast<T>(scale),
                            0,          0,       cut,     data<T>(partials)};
-    const int64_t fixed = 2 * kTokenBytes<T, DK>, per_group = kLandmarkBytes<T, DK> + kColumnBytes<T>;
+    const int64_t fixed = 2 * kTokenBytes<T, DK>,
+                  per_group = kLandmarkBytes<T, DK> + kColumnBytes<T> + kTotalBytes<T>;
     a.groups_per_round = groups_that_fit(m, fixed, per_group);
     a.rounds = rounds_of(m, a.groups_per_round);
     launch(backward<T, DK>, heads * cut.chunks, kThreads, fixed + a.groups_per_round * per_group, x, a);

@@ -1,7 +1,9 @@
 // A block of 8 warps on a tile of tokens: each warp takes kGroup landmarks, each lane kPerLane tokens (for
-// what lies between tokens and landmarks) or every 32nd channel (for sums over tokens). docs/operators.md
+// what lies between tokens and landmarks) or DK channels (for sums over tokens). docs/operators.md
 // derives the sizes from the instruction floor.
 #pragma once
+
+#include <limits>
 
 #include "device.cuh"
 
@@ -24,35 +26,182 @@ constexpr int kColumnStride = kTokens<T> + 4;
 template <typename T, int DK>
 constexpr int kBlocksTogether = sizeof(T) == 4 && DK <= 2 ? 2 : 1;
 
+// Gradients of rows of any strides need more registers than half of them.
+template <typename T, int DK, typename S>
+constexpr int kGradientBlocksTogether = std::is_same_v<S, Any> ? 1 : kBlocksTogether<T, DK>;
+
 // Channels come in DK vectors of 32; `kQuads` Fours of them.
 template <int DK>
 constexpr int kQuads = 8 * DK;
 
-// Tokens of a tile, channel quads apart: quads[quad * kTokenStride + token].
-template <typename T, int DK>
-__device__ inline void load_tokens(const Rows& rows, int64_t first, int count, Four<T>* to) {
-  for (int index = threadIdx.x; index < kTokens<T> * kQuads<DK>; index += kThreads) {
-    const int quad = index % kQuads<DK>, token = index / kQuads<DK>;
-    Four<T> value = {};
-    if (token < count && 4 * quad < rows.channels) value = rows.four<T>(first + token, 4 * quad);
-    to[quad * kTokenStride<T> + token] = value;
-  }
-}
-
+// Rows that no token or landmark has lie infinitely far away, tokens on the other side than landmarks: their
+// kernel is 0 without a comparison.
 template <typename T>
-__device__ inline T& token_channel(Four<T>* tokens, int token, int channel) {
-  return tokens[(channel / 4) * kTokenStride<T> + token].at[channel % 4];
+constexpr T kFar = std::numeric_limits<T>::infinity();
+
+// In sums over tokens and over landmarks a lane has V neighbouring channels, and the lanes with the same ones
+// a share of the tokens each: V = 4 takes the fewest reads, V = DK the fewest registers.
+template <int DK, int V = 4>
+constexpr int kShares = V / DK;
+
+template <int DK, int V = 4>
+__device__ inline int own_channel() {
+  return V * (static_cast<int>(threadIdx.x) % (kWarp * DK / V));
+}
+template <int DK>
+__device__ inline int own_quad() {
+  return static_cast<int>(threadIdx.x) % kQuads<DK>;
+}
+template <int DK, int V = 4>
+__device__ inline int own_share() {
+  return static_cast<int>(threadIdx.x) % kWarp / (kWarp * DK / V);
 }
 
-// Per-landmark rows, as they are: to[row * kQuads + quad]; rows from `end` on are zero.
+// The shares' sums added up, in every lane.
+template <typename T, int DK, int V = 4>
+__device__ inline T sum_of_shares(T value) {
+#pragma unroll
+  for (int offset = kWarp * DK / V; offset < kWarp; offset *= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// The lane's channels of a tile's first token; those of token i are 4 i numbers on.
+template <typename T, int DK, int V>
+__device__ inline T* lane_channels(Four<T>* tokens) {
+  return tokens[own_channel<DK, V>() / 4 * kTokenStride<T>].at + own_channel<DK, V>() % 4;
+}
+
+// Of each tile a thread has one quad of channels and every kApart-th token: what belongs to channels stays in
+// its registers.
+template <int DK>
+constexpr int kApart = kThreads / kQuads<DK>;
 template <typename T, int DK>
-__device__ inline void load_landmarks(const Rows& rows, int first, int count, int end, Four<T>* to) {
-  for (int index = threadIdx.x; index < count * kQuads<DK>; index += kThreads) {
-    const int quad = index % kQuads<DK>, row = index / kQuads<DK>;
-    Four<T> value = {};
-    if (first + row < end && 4 * quad < rows.channels) value = rows.four<T>(first + row, 4 * quad);
-    to[index] = value;
+using OwnQuads = Four<T>[kTokens<T> / kApart<DK>];
+
+// Rows of any strides take registers for addresses: one quad of a thread after another goes through shared
+// memory. Others go through registers, all at once.
+template <typename R>
+constexpr bool kOneByOne = std::is_same_v<R, Rows>;
+
+// The thread's quads of a tile whose first token is the first row. Quads lie apart: tokens[quad *
+// kTokenStride + token]; `tokens` may be used on the way.
+template <typename T, int DK, typename R>
+__device__ inline void read_tokens(const R& rows, int count, T beyond, Four<T>* tokens,
+                                   OwnQuads<T, DK>& own) {
+  constexpr int quads = kTokens<T> / kApart<DK>;
+  const int quad = own_quad<DK>(), token = threadIdx.x / kQuads<DK>;
+  if constexpr (kOneByOne<R>) {
+    tokens += quad * kTokenStride<T>;
+#pragma unroll 1
+    for (int t = token; t < kTokens<T>; t += kApart<DK>) {
+      const T empty = t < count ? T{0} : beyond;
+      tokens[t] = {empty, empty, empty, empty};
+      if (t < count && 4 * quad < rows.channels) tokens[t] = rows.template four<T>(t, 4 * quad);
+    }
+#pragma unroll
+    for (int i = 0; i < quads; ++i) own[i] = tokens[token + i * kApart<DK>];
+  } else if (count == kTokens<T>) {
+#pragma unroll
+    for (int i = 0; i < quads; ++i) own[i] = rows.template four<T>(token + i * kApart<DK>, 4 * quad);
+  } else {
+#pragma unroll
+    for (int i = 0; i < quads; ++i) {
+      own[i] = {beyond, beyond, beyond, beyond};
+      if (token + i * kApart<DK> < count) own[i] = rows.template four<T>(token + i * kApart<DK>, 4 * quad);
+    }
   }
+}
+
+template <typename T, int DK>
+__device__ inline void put_tokens(const OwnQuads<T, DK>& own, Four<T>* tokens) {
+  const int quad = own_quad<DK>(), token = threadIdx.x / kQuads<DK>;
+#pragma unroll
+  for (int i = 0; i < kTokens<T> / kApart<DK>; ++i)
+    tokens[quad * kTokenStride<T> + token + i * kApart<DK>] = own[i];
+}
+
+template <typename T, int DK, typename R>
+__device__ inline void load_tokens(const R& rows, int count, T beyond, Four<T>* to) {
+  OwnQuads<T, DK> own;
+  read_tokens<T, DK>(rows, count, beyond, to, own);
+  if constexpr (!kOneByOne<R>) put_tokens<T, DK>(own, to);
+}
+
+// Some tokens' rows, from `first` on, of the thread's quad; `tokens` may be used on the way.
+template <typename T, int DK, int N, typename R>
+__device__ inline void put_rows(const Four<T> (&values)[N], const R& rows, int first, int count,
+                                Four<T>* tokens) {
+  const int quad = own_quad<DK>();
+  if constexpr (kOneByOne<R>) {
+    tokens += quad * kTokenStride<T> + first;
+#pragma unroll
+    for (int i = 0; i < N; ++i) tokens[i] = values[i];
+#pragma unroll 1
+    for (int i = 0; i < N && first + i < count; ++i) rows.put(first + i, 4 * quad, tokens[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (first + i < count) rows.put(first + i, 4 * quad, values[i]);
+    }
+  }
+}
+
+// From the real tokens; the others stay 0.
+template <typename T, int DK>
+__device__ inline void subtract(const Four<T>& shift, int count, OwnQuads<T, DK>& own) {
+#pragma unroll
+  for (int i = 0; i < kTokens<T> / kApart<DK>; ++i) {
+    const bool real =
+        count == kTokens<T> || static_cast<int>(threadIdx.x) / kQuads<DK> + i * kApart<DK> < count;
+#pragma unroll
+    for (int u = 0; u < 4; ++u) own[i].at[u] -= real ? shift.at[u] : T{0};
+  }
+}
+
+// The mean over a tile's tokens of the thread's quad; `parts` holds a quad row a warp. One barrier inside.
+template <typename T, int DK>
+__device__ inline Four<T> mean_of_tokens(const OwnQuads<T, DK>& own, int count, Four<T>* parts) {
+  const int quad = own_quad<DK>();
+  Four<T> sum = {};
+#pragma unroll
+  for (int u = 0; u < 4; ++u) {
+#pragma unroll
+    for (int i = 0; i < kTokens<T> / kApart<DK>; ++i) sum.at[u] += own[i].at[u];
+    sum.at[u] = sum_of_shares<T, DK>(sum.at[u]);
+  }
+  if (threadIdx.x % kWarp < kQuads<DK>) parts[threadIdx.x / kWarp * kQuads<DK> + quad] = sum;
+  __syncthreads();
+  const T share = 1 / static_cast<T>(count);
+  Four<T> mean = {};
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+#pragma unroll
+    for (int u = 0; u < 4; ++u) mean.at[u] += parts[w * kQuads<DK> + quad].at[u];
+  }
+#pragma unroll
+  for (int u = 0; u < 4; ++u) mean.at[u] *= share;
+  return mean;
+}
+
+// Per-landmark rows, as they are: to[row * kQuads + quad]; rows from `end` on are `beyond`.
+template <typename T, int DK, typename R>
+__device__ inline void load_landmarks(const R& rows, int first, int count, int end, T beyond, Four<T>* to) {
+  const int quad = own_quad<DK>();
+  for (int row = threadIdx.x / kQuads<DK>; row < count; row += kApart<DK>) {
+    const bool real = first + row < end;
+    const T empty = real ? T{0} : beyond;
+    Four<T> value = {empty, empty, empty, empty};
+    if (real && 4 * quad < rows.channels) value = rows.template four<T>(first + row, 4 * quad);
+    to[row * kQuads<DK> + quad] = value;
+  }
+}
+
+// One number a landmark, 0 from `end` on.
+template <typename T>
+__device__ inline void load_numbers(const T* from, int first, int count, int end, T* to) {
+  for (int index = threadIdx.x; index < count; index += kThreads)
+    to[index] = first + index < end ? from[first + index] : T{0};
 }
 
 // Which landmarks a warp has in a round: rows of the round's arrays, of all landmarks, and how many are real.
@@ -67,6 +216,8 @@ struct Group {
   }
 };
 
+__host__ __device__ inline int groups_of(int landmarks) { return (landmarks + kGroup - 1) / kGroup; }
+
 // Channel quads added up before their sum joins the rest: long chains of additions would gather rounding
 // errors.
 constexpr int kSummedQuads = 8;
@@ -74,71 +225,121 @@ constexpr int kSummedQuads = 8;
 template <typename T>
 using Columns = T[kGroup][kPerLane<T>];
 
-// sum[j][i] += term(token's channel, landmark's channel) over some quads of channels, for the lanes' tokens
-// and the warp's landmarks.
-template <typename T, int DK, typename Term>
-__device__ inline void add_channels(const Four<T>* tokens, const Four<T>* landmarks, int first_quad,
-                                    int end_quad, Term term, Columns<T>& sum) {
-  const int lane = threadIdx.x % kWarp;
-  for (int quad = first_quad; quad < end_quad; ++quad) {
-    Four<T> here[kPerLane<T>];
+// sum[j][i] += term(token's channel, landmark's channel) over `quads` quads of channels, an even number, from
+// those that the pointers show, for the lanes' tokens and the warp's landmarks.
+template <typename T, int DK, int Together, typename Term>
+__device__ inline void add_channels(const Four<T>* tokens, const Four<T>* landmarks, int quads, Term term,
+                                    Columns<T>& sum) {
+  tokens += threadIdx.x % kWarp;
+  const Four<T>* end = landmarks + quads;
+#pragma unroll 1
+  for (; landmarks < end; landmarks += Together, tokens += Together * kTokenStride<T>) {
 #pragma unroll
-    for (int i = 0; i < kPerLane<T>; ++i) here[i] = tokens[quad * kTokenStride<T> + lane + i * kWarp];
+    for (int quad = 0; quad < Together; ++quad) {
+      Four<T> here[kPerLane<T>];
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      const Four<T> there = landmarks[j * kQuads<DK> + quad];
+      for (int i = 0; i < kPerLane<T>; ++i) here[i] = tokens[quad * kTokenStride<T> + i * kWarp];
 #pragma unroll
-      for (int i = 0; i < kPerLane<T>; ++i) {
+      for (int j = 0; j < kGroup; ++j) {
+        const Four<T> there = landmarks[j * kQuads<DK> + quad];
 #pragma unroll
-        for (int u = 0; u < 4; ++u) sum[j][i] += term(here[i].at[u], there.at[u]);
+        for (int i = 0; i < kPerLane<T>; ++i) {
+#pragma unroll
+          for (int u = 0; u < 4; ++u) sum[j][i] += term(here[i].at[u], there.at[u]);
+        }
       }
     }
   }
 }
 
+template <typename T, int N>
+__device__ inline void clear(T (&numbers)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) numbers[i] = T{};
+}
+
+// Quads of channels to add up, to an even number; beyond the channels they are 0.
+__device__ inline int even_quads(int channels) { return (channels + 7) / 8 * 2; }
+
+// The kernel's scale, and the quotients by it that kernels would spend instructions and registers on.
 template <typename T>
-__device__ inline void clear_columns(Columns<T>& columns) {
+struct Scale {
+  T value, exponent, twice_inverse;
+
+  Scale(T scale)
+      : value(scale), exponent(static_cast<T>(-1.4426950408889634) / scale), twice_inverse(2 / scale) {}
+  __host__ __device__ operator T() const { return value; }
+};
+
+// Which of a lane's pairs of token and landmark coincide: bit j kPerLane + i.
+template <typename T>
+__device__ inline unsigned coinciding(const Columns<T>& distance) {
+  T least = distance[0][0];
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
-    for (int i = 0; i < kPerLane<T>; ++i) columns[j][i] = 0;
+    for (int i = 0; i < kPerLane<T>; ++i) least = min(least, distance[j][i]);
+  }
+  unsigned pairs = 0;
+  if (least == 0) {
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+      for (int i = 0; i < kPerLane<T>; ++i) pairs |= (distance[j][i] == 0 ? 1u : 0u) << (j * kPerLane<T> + i);
+    }
+  }
+  return pairs;
+}
+
+// No weight where the points coincide: their signs are all 0, and a weight that takes part in sums only to be
+// subtracted again would leave its rounding there, however small the others are.
+template <typename T>
+__device__ inline void drop_coinciding(unsigned pairs, Columns<T>& weights) {
+  if (pairs == 0) return;
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+    for (int i = 0; i < kPerLane<T>; ++i) {
+      if (pairs >> (j * kPerLane<T> + i) & 1u) weights[j][i] = 0;
+    }
   }
 }
 
-// kappa between the lanes' tokens and the warp's landmarks, 0 beyond the real ones.
+// kappa between the lanes' tokens and the warp's landmarks, 2 to the power of the distance times `exponent`,
+// and which of them coincide.
 template <typename T, int DK>
-__device__ inline void kernel_columns(const Four<T>* tokens, const Four<T>* landmarks, int channels,
-                                      int token_count, int group_count, T scale, Columns<T>& out) {
-  const int lane = threadIdx.x % kWarp, quads = (channels + 3) / 4;
-  clear_columns<T>(out);
+__device__ inline unsigned kernel_columns(const Four<T>* tokens, const Four<T>* landmarks, int channels,
+                                          T exponent, Columns<T>& out) {
+  const int quads = even_quads(channels);
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) clear(out[j]);
   for (int first = 0; first < quads; first += kSummedQuads) {
     Columns<T> sum = {};
-    add_channels<T, DK>(
-        tokens, landmarks, first, min(quads, first + kSummedQuads), [](T x, T y) { return absolute(x - y); },
-        sum);
+    add_channels<T, DK, 2>(
+        tokens + first * kTokenStride<T>, landmarks + first, min(quads - first, kSummedQuads),
+        [](T x, T y) { return absolute(x - y); }, sum);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
       for (int i = 0; i < kPerLane<T>; ++i) out[j][i] += sum[j][i];
     }
   }
-  const T factor = -1 / scale;
+  const unsigned pairs = coinciding<T>(out);
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
-    for (int i = 0; i < kPerLane<T>; ++i) {
-      const bool real = j < group_count && lane + i * kWarp < token_count;
-      out[j][i] = real ? exponential(out[j][i] * factor) : T{0};
-    }
+    for (int i = 0; i < kPerLane<T>; ++i) out[j][i] = power_of_two(out[j][i] * exponent);
   }
+  return pairs;
 }
 
 // Inner products of the lanes' tokens with the warp's landmark rows.
 template <typename T, int DK>
 __device__ inline void product_columns(const Four<T>* tokens, const Four<T>* landmarks, int channels,
                                        Columns<T>& out) {
-  clear_columns<T>(out);
-  add_channels<T, DK>(tokens, landmarks, 0, (channels + 3) / 4, [](T x, T y) { return x * y; }, out);
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) clear(out[j]);
+  add_channels<T, DK, 1>(tokens, landmarks, even_quads(channels), [](T x, T y) { return x * y; }, out);
 }
 
 // The warp's columns into its rows of shared memory; only this warp reads them until a barrier.
@@ -152,125 +353,224 @@ __device__ inline void put_columns(const Columns<T>& values, T* columns) {
   }
 }
 
-// sum[j][k] = sum over the tile's tokens of column j times channel lane + 32 k.
-template <typename T, int DK>
-__device__ inline void sum_over_tokens(const T* columns, Four<T>* tokens, T (&sum)[kGroup][DK]) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j) {
-#pragma unroll
-    for (int k = 0; k < DK; ++k) sum[j][k] = 0;
-  }
+// sum[j] += sum over the share's tokens of column j times the lane's channels.
+template <typename T, int DK, int V>
+__device__ inline void sum_over_tokens(const T* columns, Four<T>* tokens, Vector<T, V> (&sum)[kGroup]) {
+  columns += 4 * own_share<DK, V>();
+  const T* own = lane_channels<T, DK, V>(tokens) + 16 * own_share<DK, V>();
 #pragma unroll 1
-  for (int token = 0; token < kTokens<T>; token += 4) {
+  for (int token = 0; token < kTokens<T>; token += 4 * kShares<DK, V>) {
     Four<T> weights[kGroup];
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j)
-      weights[j] = *reinterpret_cast<const Four<T>*>(columns + j * kColumnStride<T> + token);
+    for (int j = 0; j < kGroup; ++j) weights[j] = vector_at<4>(columns + j * kColumnStride<T> + token);
 #pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      T value[DK];
-#pragma unroll
-      for (int k = 0; k < DK; ++k) value[k] = token_channel(tokens, token + u, lane + k * kWarp);
+    for (int i = 0; i < 4; ++i) {
+      const Vector<T, V> value = vector_at<V>(own + 4 * (token + i));
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
-        for (int k = 0; k < DK; ++k) sum[j][k] += weights[j].at[u] * value[k];
+        for (int u = 0; u < V; ++u) sum[j].at[u] += weights[j].at[i] * value.at[u];
       }
     }
   }
 }
 
-// Tokens of a tile that a warp takes in what is written per token.
+// Tokens of a tile that a warp takes in what is written per token, and a share of lanes.
 template <typename T>
 constexpr int kOwn = kTokens<T> / kWarps;
-
-// out[i][k] += sum over a round's landmarks of column times the landmark's channel lane + 32 k, for the
-// warp's own tokens.
 template <typename T, int DK>
-__device__ inline void sum_over_landmarks(const T* columns, const Four<T>* landmarks, int rows,
-                                          T (&out)[kOwn<T>][DK]) {
-  const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kOwn<T>;
-  const T* channels = reinterpret_cast<const T*>(landmarks);
-  for (int row = 0; row < rows; ++row) {
-    T value[DK];
+constexpr int kOwnOfShare = kOwn<T> / kShares<DK>;
+
+template <typename T, int DK>
+__device__ inline int first_own_token() {
+  return static_cast<int>(threadIdx.x) / kWarp * kOwn<T> + own_share<DK>() * kOwnOfShare<T, DK>;
+}
+
+// Sums over tokens of the lanes' quads, for the last warp: the default grid leaves it without landmarks. They
+// stay in shared memory, a quad a lane; the first tile sets them.
+template <typename T, int DK>
+__device__ inline void add_tokens(const Four<T>* tokens, bool set, Four<T>* sums) {
+  if (threadIdx.x < kThreads - kWarp) return;
+  tokens += own_quad<DK>() * kTokenStride<T> + own_share<DK>() * (kTokens<T> / kShares<DK>);
+  Four<T> part = {};
+#pragma unroll 4
+  for (int i = 0; i < kTokens<T> / kShares<DK>; ++i) {
 #pragma unroll
-    for (int k = 0; k < DK; ++k) value[k] = channels[row * 4 * kQuads<DK> + lane + k * kWarp];
+    for (int u = 0; u < 4; ++u) part.at[u] += tokens[i].at[u];
+  }
+  Four<T>& sum = sums[threadIdx.x % kWarp];
 #pragma unroll
-    for (int i = 0; i < kOwn<T>; i += 4) {
-      const Four<T> weights = *reinterpret_cast<const Four<T>*>(columns + row * kColumnStride<T> + first + i);
+  for (int u = 0; u < 4; ++u) sum.at[u] = set ? part.at[u] : sum.at[u] + part.at[u];
+}
+
+// A thread's quad of channels of a row, 0 beyond the last.
+template <typename T>
+__device__ inline Four<T> read_quad(const T* row, int quad, int channels) {
+  Four<T> values;
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
+  for (int u = 0; u < 4; ++u) values.at[u] = 4 * quad + u < channels ? row[4 * quad + u] : T{0};
+  return values;
+}
+template <typename T>
+__device__ inline void put_quad(const Four<T>& values, int quad, int channels, T* row) {
 #pragma unroll
-        for (int k = 0; k < DK; ++k) out[i + u][k] += weights.at[u] * value[k];
+  for (int u = 0; u < 4; ++u) {
+    if (4 * quad + u < channels) row[4 * quad + u] = values.at[u];
+  }
+}
+
+// What add_tokens gathered.
+template <typename T, int DK>
+__device__ inline void put_sum(const Four<T>* sums, int channels, T* row) {
+  if (threadIdx.x < kThreads - kWarp) return;
+  const Four<T> sum = sums[threadIdx.x % kWarp];
+  Four<T> all;
+#pragma unroll
+  for (int u = 0; u < 4; ++u) all.at[u] = sum_of_shares<T, DK>(sum.at[u]);
+  if (own_share<DK>() == 0) put_quad<T>(all, own_quad<DK>(), channels, row);
+}
+
+// out[i] += sum over some groups of landmarks of column times the landmark's values at the lane's quad of
+// channels, for the share's tokens.
+template <typename T, int DK>
+__device__ inline void sum_over_landmarks(const T* columns, const Four<T>* landmarks, int groups,
+                                          Four<T> (&out)[kOwnOfShare<T, DK>]) {
+  constexpr int together = kOwnOfShare<T, DK> < 4 ? kOwnOfShare<T, DK> : 4;
+  columns += first_own_token<T, DK>();
+  landmarks += own_quad<DK>();
+  const T* end = columns + groups * kGroup * kColumnStride<T>;
+#pragma unroll 1
+  for (; columns < end; columns += kGroup * kColumnStride<T>, landmarks += kGroup * kQuads<DK>) {
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      const Four<T> value = landmarks[j * kQuads<DK>];
+#pragma unroll
+      for (int i = 0; i < kOwnOfShare<T, DK>; i += together) {
+        const Vector<T, together> weight = vector_at<together>(columns + j * kColumnStride<T> + i);
+#pragma unroll
+        for (int v = 0; v < together; ++v) {
+#pragma unroll
+          for (int u = 0; u < 4; ++u) out[i + v].at[u] += weight.at[v] * value.at[u];
+        }
       }
     }
   }
 }
 
-// Per channel, the sum over the tile's tokens; `parts` holds kWarps rows of 32 DK, thread c gets channel c's
-// sum. Two barriers inside.
+// What a warp gathers of its landmarks' gradients over tiles: sums of 2 w times the step, and in lane j the
+// sum of landmark j's 2 w, in the same order. Where all points coincide the gradient is thus 0 to the last
+// bit.
 template <typename T, int DK>
-__device__ inline T channel_sum(Four<T>* tokens, T* parts) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+struct LandmarkGradients {
+  Vector<T, DK> stepped[kGroup] = {};
+  T weight = 0;
+
+  __device__ void finish(Vector<T, DK> (&out)[kGroup]) const {
 #pragma unroll
-  for (int k = 0; k < DK; ++k) {
-    T sum = 0;
+    for (int j = 0; j < kGroup; ++j) {
+      const T all = T{0.5} * __shfl_sync(0xffffffffu, weight, j);
 #pragma unroll
-    for (int i = 0; i < kOwn<T>; ++i) sum += token_channel(tokens, warp * kOwn<T> + i, lane + k * kWarp);
-    parts[(warp * DK + k) * kWarp + lane] = sum;
+      for (int k = 0; k < DK; ++k) out[j].at[k] = stepped[j].at[k] - all;
+    }
   }
-  __syncthreads();
-  T total = 0;
-  if (threadIdx.x < DK * kWarp) {
+};
+
+// Sums over the warp, that of landmark j in lanes 4 j to 4 j + 3.
+template <typename T>
+__device__ inline T sums_by_landmark(const T (&lane_values)[kGroup]) {
+  const int lane = threadIdx.x % kWarp;
+  T values[kGroup + 1];
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += parts[w * DK * kWarp + threadIdx.x];
+  for (int j = 0; j <= kGroup; ++j) values[j] = j < kGroup ? lane_values[j] : T{0};
+#pragma unroll
+  for (int half = (kGroup + 1) / 2; half > 0; half /= 2) {
+    // Lanes of one kind keep the first half and give the second away, the others the other way round.
+    const bool second = lane & (4 * half);
+#pragma unroll
+    for (int j = 0; j < half; ++j) {
+      const T given = second ? values[j] : values[j + half], kept = second ? values[j + half] : values[j];
+      values[j] = kept + __shfl_xor_sync(0xffffffffu, given, 4 * half);
+    }
   }
-  __syncthreads();
-  return total;
+  T sum = values[0];
+#pragma unroll
+  for (int offset = 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  return sum;
+}
+
+// The warp's columns of 2 w into its rows of shared memory, and half their sums over the landmarks into
+// `totals`.
+template <typename T>
+__device__ inline void put_weights(const Columns<T>& doubled, T* columns, T* totals) {
+  put_columns<T>(doubled, columns);
+#pragma unroll
+  for (int i = 0; i < kPerLane<T>; ++i) {
+    T total = 0;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) total += doubled[j][i];
+    totals[threadIdx.x % kWarp + i * kWarp] = T{0.5} * total;
+  }
 }
 
 // Gradients of an L1 distance: with t = w_ij sign(x_ic - y_jc), token i loses t and landmark j gains it. Each
-// warp has its landmarks' rows of `columns` (w); the warps take turns on eighths of the tokens, so that no
-// two write one token at a time, in an order that is always the same. All warps of the block must come here.
+// warp has put its weights in `columns` and `totals`; the warps take turns on eighths of the tokens, so that
+// no two write one token at a time, in an order that is always the same. All warps of the block must come
+// here. The first round sets the tokens' gradients, the others add to them.
 template <typename T, int DK>
-__device__ inline void sign_gradients(const T* columns, Four<T>* tokens, const Four<T>* landmarks,
-                                      bool active, Four<T>* dtokens, T (&dlandmarks)[kGroup][DK]) {
+__device__ inline void sign_gradients(const T* columns, const T* totals, Four<T>* tokens,
+                                      const Four<T>* landmarks, bool active, bool set, Four<T>* dtokens,
+                                      LandmarkGradients<T, DK>& gradients) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const T* channels = reinterpret_cast<const T*>(landmarks);
-  T there[kGroup][DK];
+  const T* own = lane_channels<T, DK, DK>(tokens);
+  T* lost = lane_channels<T, DK, DK>(dtokens);
+  const T* weighed = columns + min(lane, kGroup - 1) * kColumnStride<T>;
+  Vector<T, DK> there[kGroup] = {};
+  if (active) {
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) {
-#pragma unroll
-    for (int k = 0; k < DK; ++k) {
-      there[j][k] = active ? channels[j * 4 * kQuads<DK> + lane + k * kWarp] : T{0};
-      dlandmarks[j][k] = 0;
-    }
+    for (int j = 0; j < kGroup; ++j)
+      there[j] =
+          vector_at<DK>(reinterpret_cast<const T*>(landmarks + j * kQuads<DK>) + own_channel<DK, DK>());
   }
+  if (set) {
+#pragma unroll
+    for (int i = 0; i < kOwn<T>; ++i) vector_at<DK>(lost + 4 * (warp * kOwn<T> + i)) = {};
+  }
+#pragma unroll 1
   for (int turn = 0; turn < kWarps; ++turn) {
     const int first = (warp + turn) % kWarps * kOwn<T>;
     if (active) {
-      // Two tokens at a time: four would not leave registers for the landmarks.
-#pragma unroll 1
+#pragma unroll
+      for (int i = 0; i < kOwn<T>; i += 4) {
+        const Four<T> some = vector_at<4>(weighed + first + i);
+#pragma unroll
+        for (int u = 0; u < 4; ++u) gradients.weight += some.at[u];
+      }
+      // Two tokens at a time: four would not leave registers for the landmarks. Of many or wide channels the
+      // loop stays one.
+      const T *weights_here = columns + first, *totals_here = totals + first, *own_here = own + 4 * first;
+      T* lost_here = lost + 4 * first;
+#pragma unroll(sizeof(T) * DK > 8 ? 1 : kOwn<T> / 2)
       for (int i = 0; i < kOwn<T>; i += 2) {
         Two<T> weights[kGroup];
 #pragma unroll
-        for (int j = 0; j < kGroup; ++j)
-          weights[j] = *reinterpret_cast<const Two<T>*>(columns + j * kColumnStride<T> + first + i);
+        for (int j = 0; j < kGroup; ++j) weights[j] = vector_at<2>(weights_here + j * kColumnStride<T> + i);
+        const Two<T> total = vector_at<2>(totals_here + i);
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
+          const Vector<T, DK> here = vector_at<DK>(own_here + 4 * (i + u));
+          Vector<T, DK> loss = vector_at<DK>(lost_here + 4 * (i + u));
 #pragma unroll
           for (int k = 0; k < DK; ++k) {
-            const T here = token_channel(tokens, first + i + u, lane + k * kWarp);
-            T own = 0;
+            T stepped = 0;
 #pragma unroll
             for (int j = 0; j < kGroup; ++j) {
-              const T t = signed_by(here - there[j][k], weights[j].at[u]);
-              own += t;
-              dlandmarks[j][k] += t;
+              const T step = step_of(here.at[k] - there[j].at[k]);
+              stepped += weights[j].at[u] * step;
+              gradients.stepped[j].at[k] += weights[j].at[u] * step;
             }
-            token_channel(dtokens, first + i + u, lane + k * kWarp) -= own;
+            loss.at[k] -= stepped - total.at[u];
           }
+          vector_at<DK>(lost_here + 4 * (i + u)) = loss;
         }
       }
     }
@@ -278,44 +578,44 @@ __device__ inline void sign_gradients(const T* columns, Four<T>* tokens, const F
   }
 }
 
-template <typename T, int DK>
-__device__ inline void clear_tokens(Four<T>* tokens) {
-  for (int index = threadIdx.x; index < kQuads<DK> * kTokenStride<T>; index += kThreads) tokens[index] = {};
-}
-
-// A tile's tokens into a tensor, rounding once.
-template <typename T, int DK>
-__device__ inline void store_tokens(Four<T>* tokens, const Rows& rows, int64_t first, int count) {
-  for (int index = threadIdx.x; index < count * DK * kWarp; index += kThreads) {
-    const int channel = index % (DK * kWarp), token = index / (DK * kWarp);
-    if (channel < rows.channels)
-      store<T>(rows.at(first + token, channel), rows.dtype, token_channel(tokens, token, channel));
-  }
-}
-
-// The warp's per-landmark sums into the chunk's partial sums (stride `channels`): set by the chunk's first
-// tile, added to by the others.
-template <typename T, int DK>
-__device__ inline void add_rows(const T (&sum)[kGroup][DK], const Group& group, int channels, bool set,
-                                T* partial) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j) {
-#pragma unroll
-    for (int k = 0; k < DK; ++k) {
-      const int channel = lane + k * kWarp;
-      if (j < group.count && channel < channels) {
-        T* to = partial + static_cast<int64_t>(group.first + j) * channels + channel;
-        *to = set ? sum[j][k] : *to + sum[j][k];
-      }
-    }
+// A tile's tokens into a tensor's rows, rounding once.
+template <typename T, int DK, typename R>
+__device__ inline void store_tokens(const Four<T>* tokens, const R& rows, int count) {
+  const int quad = own_quad<DK>();
+  tokens += quad * kTokenStride<T>;
+#pragma unroll(kOneByOne<R> ? 1 : kTokens<T> / kApart<DK>)
+  for (int i = 0; i < kTokens<T> / kApart<DK>; ++i) {
+    const int token = static_cast<int>(threadIdx.x) / kQuads<DK> + i * kApart<DK>;
+    if (token < count) rows.put(token, 4 * quad, tokens[token]);
   }
 }
 
 template <typename T>
-__device__ inline void add_scalar(T lane_value, bool set, T* to) {
-  const T sum = warp_sum(lane_value);
-  if (threadIdx.x % kWarp == 0) *to = set ? sum : *to + sum;
+__device__ inline void add_to(T* to, bool set, T sum) {
+  *to = set ? sum : *to + sum;
+}
+
+// The warp's per-landmark sums into the chunk's partial sums (stride `channels`), or added to them.
+template <typename T, int DK, int V>
+__device__ inline void add_rows(const Vector<T, V> (&sum)[kGroup], const Group& group, int channels, bool set,
+                                T* partial) {
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+    for (int u = 0; u < V; ++u) {
+      const T all = sum_of_shares<T, DK, V>(sum[j].at[u]);
+      const int channel = own_channel<DK, V>() + u;
+      if (own_share<DK, V>() == 0 && j < group.count && channel < channels)
+        add_to(partial + static_cast<int64_t>(group.first + j) * channels + channel, set, all);
+    }
+  }
+}
+
+// The same for one number a landmark, as sums_by_landmark gives it.
+template <typename T>
+__device__ inline void add_numbers(T sum, const Group& group, bool set, T* partial) {
+  const int lane = threadIdx.x % kWarp;
+  if (lane % 4 == 0 && lane / 4 < group.count) add_to(partial + group.first + lane / 4, set, sum);
 }
 
 struct Span {
@@ -362,10 +662,68 @@ template <typename T, int DK>
 constexpr int64_t kLandmarkBytes = sizeof(Four<T>) * kQuads<DK> * kGroup;
 template <typename T>
 constexpr int64_t kColumnBytes = sizeof(T) * kColumnStride<T> * kGroup;
+template <typename T>
+constexpr int64_t kTotalBytes = sizeof(T) * kColumnStride<T>;  // the weights' sums over a group
 
 inline int rounds_of(int64_t m, int groups_per_round) {
   const int64_t groups = std::max<int64_t>(1, (m + kGroup - 1) / kGroup);
   return static_cast<int>((groups + groups_per_round - 1) / groups_per_round);
+}
+
+// A kernel's shared memory, one array after another. The description that a kernel takes its arrays from
+// tells the host how many bytes there are, and the compiler whether two blocks fit.
+template <bool kMeasured>
+struct LayoutOf {
+  unsigned char* memory = nullptr;
+  int64_t bytes = 0;
+
+  template <typename U>
+  __host__ __device__ constexpr U* take(int64_t count) {
+    const int64_t at = bytes;
+    bytes += (count * static_cast<int64_t>(sizeof(U)) + 15) / 16 * 16;
+    if constexpr (kMeasured) {
+      return nullptr;
+    } else {
+      return reinterpret_cast<U*>(memory + at);
+    }
+  }
+  template <typename T, int DK>
+  __host__ __device__ constexpr Four<T>* tokens() {
+    return take<Four<T>>(kQuads<DK> * kTokenStride<T>);
+  }
+  template <typename T, int DK>
+  __host__ __device__ constexpr Four<T>* landmarks(int groups) {
+    return take<Four<T>>(groups * kGroup * kQuads<DK>);
+  }
+  template <typename T>
+  __host__ __device__ constexpr T* columns(int groups) {
+    return take<T>(groups * kGroup * kColumnStride<T>);
+  }
+  template <typename T>
+  __host__ __device__ constexpr T* totals(int groups) {
+    return take<T>(groups * kColumnStride<T>);
+  }
+};
+
+using Layout = LayoutOf<false>;
+using Measure = LayoutOf<true>;  // for the bytes alone
+
+// With the default grid two blocks share the 164 KB of a multiprocessor (compute capability 8.0), of which
+// each block takes 1 KB more than it asks for.
+template <typename Memory>
+constexpr bool kTwoBlocksFit = Memory(Measure{}, 7, false).bytes <= 164 / 2 * 1024 - 1024;
+
+// Sets the rounds over the landmarks, one if shared memory allows it; gives the bytes that a block needs.
+template <typename Memory, typename Arguments>
+int64_t plan_rounds(int64_t m, Arguments& arguments) {
+  const auto bytes = [](int groups, bool several) { return Memory(Measure{}, groups, several).bytes; };
+  const int all = static_cast<int>(std::max<int64_t>(1, (m + kGroup - 1) / kGroup));
+  arguments.groups_per_round = all, arguments.rounds = 1;
+  if (all > kWarps || bytes(all, false) > shared_memory_limit()) {
+    arguments.groups_per_round = groups_that_fit(m, bytes(0, true), bytes(1, true) - bytes(0, true));
+    arguments.rounds = rounds_of(m, arguments.groups_per_round);
+  }
+  return bytes(arguments.groups_per_round, arguments.rounds > 1);
 }
 
 // Calls run<T, DK>() for the tensors' compute type and channels.
