@@ -63,16 +63,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   T* columns = reinterpret_cast<T*>(landmarks + a.groups_per_round * kGroup * kQuads<DK>);
   T* parts = columns + a.groups_per_round * kGroup * kColumnStride<T>;
   T* shift = parts + kWarps * DK * kWarp;
-  const int64_t item = blockIdx.x - a.solver_blocks, head = item / a.cut.chunks, chunk = item % a.cut.chunks;
+  const Chunk chunk = a.cut.of_block(blockIdx.x - a.solver_blocks);
+  const int64_t head = chunk.head;
   const Rows k = Rows::of(a.k, head), v = Rows::of(a.v, head), l = Rows::of(a.landmarks, head);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = k.channels,
             per_round = a.groups_per_round * kGroup;
-  T* sums = a.partials + item * a.partial_size;
+  T* sums = a.partials + chunk.index * a.partial_size;
   T* mass = sums + static_cast<int64_t>(m) * channels;
   T deviation = 0;
-  for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
-    const auto [first, count] = a.cut.template span<T>(chunk, tile);
-    if (count == 0) break;
+  for (int tile = 0;; ++tile) {
+    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
+    if (count <= 0) break;
     __syncthreads();
     load_tokens<T, DK>(k, first, count, keys);
     load_tokens<T, DK>(v, first, count, values);
@@ -129,7 +130,6 @@ struct FinishArguments {
   const T *partials, *inverse;
   int64_t partial_size;
   Cut cut;
-  int tiles_tokens;  // tokens of a tile
   int m, channels;
   T *sums, *mass, *mean_value;     // saved for the backward pass
   T *pooled_values, *pooled_mass;  // U and t
@@ -152,8 +152,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
   if (!for_mass) {
     for (int c = 0; c < 4; ++c) wide[4 * threadIdx.x + c] = 0;
     for (int64_t chunk = threadIdx.x; chunk < a.cut.chunks; chunk += kFinishThreads) {
-      const int64_t length = static_cast<int64_t>(a.cut.tiles_per_chunk) * a.tiles_tokens;
-      const double tokens = static_cast<double>(min(length, n - chunk * length));
+      const double tokens = static_cast<double>(a.cut.chunk_tokens(chunk));
       const T* from = partials + chunk * a.partial_size + channel;
       for (int c = 0; c < width; ++c)
         wide[4 * threadIdx.x + c] += tokens * from[shift_at + c] + from[deviation_at + c];
@@ -319,19 +318,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
   T* reciprocals = dmass_parts + kWarps * kTokens<T>;
   T* dmasses = reciprocals + kTokens<T>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t head = blockIdx.x / a.cut.chunks, chunk = blockIdx.x % a.cut.chunks;
+  const Chunk chunk = a.cut.of_block(blockIdx.x);
+  const int64_t head = chunk.head;
   const Rows grad = Rows::of(a.grad, head), q = Rows::of(a.q, head), l = Rows::of(a.landmarks, head),
              dq = Rows::of(a.dq, head);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = q.channels,
             per_round = a.groups_per_round * kGroup;
   const Rows u = Rows::of<T>(a.pooled_values + head * m * channels, channels);
-  T* dvalues = a.partials + blockIdx.x * a.partial_size;
+  T* dvalues = a.partials + chunk.index * a.partial_size;
   T* dlandmarks = dvalues + static_cast<int64_t>(m) * channels;
   T* dpooled_mass = dlandmarks + static_cast<int64_t>(m) * channels;
   T grad_sum = 0;
-  for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
-    const auto [first, count] = a.cut.template span<T>(chunk, tile);
-    if (count == 0) break;
+  for (int tile = 0;; ++tile) {
+    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
+    if (count <= 0) break;
     __syncthreads();
     load_tokens<T, DK>(q, first, count, queries);
     load_tokens<T, DK>(grad, first, count, grads);
@@ -453,14 +453,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
   Four<T>* dsums = landmarks + a.groups_per_round * kGroup * kQuads<DK>;
   T* columns = reinterpret_cast<T*>(dsums + a.groups_per_round * kGroup * kQuads<DK>);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t head = blockIdx.x / a.cut.chunks, chunk = blockIdx.x % a.cut.chunks;
+  const Chunk chunk = a.cut.of_block(blockIdx.x);
+  const int64_t head = chunk.head;
   const int m = static_cast<int>(a.landmarks.size[2]), channels = static_cast<int>(a.k.size[3]),
             per_round = a.groups_per_round * kGroup;
   const T n = static_cast<T>(a.cut.tokens);
-  T* dlandmarks = a.partials + blockIdx.x * static_cast<int64_t>(m) * channels;
-  for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
-    const auto [first, count] = a.cut.template span<T>(chunk, tile);
-    if (count == 0) break;
+  T* dlandmarks = a.partials + chunk.index * m * channels;
+  for (int tile = 0;; ++tile) {
+    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
+    if (count <= 0) break;
     __syncthreads();
     load_tokens<T, DK>(Rows::of(a.k, head), first, count, keys);
     load_tokens<T, DK>(Rows::of(a.v, head), first, count, values);
@@ -545,7 +546,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
              int64_t iters, double eps, double tau, const AttentionResults& results) {
   const int64_t heads = q.size(0) * q.size(1), channels = q.size(3), m = landmarks.size(2);
   const ScalarType type = compute_type(q);
-  const Cut cut = Cut::of<T>(q.size(2));
+  const Cut cut = cut_of<T>(q);
 
   KeyArguments<T> keys{view(k), view(v), view(landmarks), static_cast<T>(scale), 0, 0, cut};
   keys.partial_size = m * channels + m + 2 * channels;
@@ -571,18 +572,10 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
   launch(stream_keys<T, DK>, keys.solver_blocks + heads * cut.chunks, kThreads, stream_bytes, q, keys);
 
   Tensor pooled_values = empty({heads, m, channels}, type, q), pooled_mass = empty({heads, m}, type, q);
-  const FinishArguments<T> finish{data<T>(partials),
-                                  data<T>(results.inverse),
-                                  keys.partial_size,
-                                  cut,
-                                  kTokens<T>,
-                                  static_cast<int>(m),
-                                  static_cast<int>(channels),
-                                  data<T>(results.sums),
-                                  data<T>(results.mass),
-                                  data<T>(results.mean_value),
-                                  data<T>(pooled_values),
-                                  data<T>(pooled_mass)};
+  const FinishArguments<T> finish{
+      data<T>(partials),           data<T>(results.inverse),   keys.partial_size,     cut,
+      static_cast<int>(m),         static_cast<int>(channels), data<T>(results.sums), data<T>(results.mass),
+      data<T>(results.mean_value), data<T>(pooled_values),     data<T>(pooled_mass)};
   const int64_t finish_bytes = 4 * kFinishThreads * (sizeof(double) + sizeof(T)) + 4 * m * sizeof(T);
   launch(finish_keys<T>, heads * ((channels + 3) / 4 + 1), kFinishThreads, finish_bytes, q, finish);
 
@@ -613,7 +606,7 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
   const int64_t batch = q.size(0), heads = batch * q.size(1), channels = q.size(3), m = landmarks.size(2),
                 size = m * channels;
   const ScalarType type = compute_type(q);
-  const Cut cut = Cut::of<T>(q.size(2));
+  const Cut cut = cut_of<T>(q);
   Tensor pooled_values = empty({heads, m, channels}, type, q), pooled_mass = empty({heads, m}, type, q);
   pool<T>(data<T>(inverse), data<T>(sums), data<T>(mass), heads, m, channels, data<T>(pooled_values),
           data<T>(pooled_mass), q);

@@ -5,6 +5,8 @@
 
 #include "device.cuh"
 
+#include "cut.h"
+
 namespace lf {
 
 constexpr int kGroup = 7;  // 7 x 7 = 49 landmarks, the default, fill 7 warps without a remainder
@@ -318,32 +320,11 @@ __device__ inline void add_scalar(T lane_value, bool set, T* to) {
   if (threadIdx.x % kWarp == 0) *to = set ? sum : *to + sum;
 }
 
-struct Span {
-  int64_t first;
-  int count;
-};
-
-// How tokens are cut up: by their number alone, so that the bits do not depend on the batch or the device.
-struct Cut {
-  int64_t tokens;
-  int tiles_per_chunk;
-  int64_t chunks;
-
-  // The first token of a chunk's tile and how many there are, none beyond the last.
-  template <typename T>
-  __device__ Span span(int64_t chunk, int tile) const {
-    const int64_t first = (chunk * tiles_per_chunk + tile) * kTokens<T>;
-    return {first, static_cast<int>(max(int64_t{0}, min(static_cast<int64_t>(kTokens<T>), tokens - first)))};
-  }
-
-  template <typename T>
-  static Cut of(int64_t tokens) {
-    const int64_t tiles = (tokens + kTokens<T> - 1) / kTokens<T>;
-    // At most 512 chunks a head: enough for every multiprocessor, few enough that their sums stay small.
-    const int64_t per_chunk = std::max<int64_t>(1, (tiles + 511) / 512);
-    return {tokens, static_cast<int>(per_chunk), (tiles + per_chunk - 1) / per_chunk};
-  }
-};
+// The chunks of (batch, heads, tokens, channels).
+template <typename T>
+Cut cut_of(const Tensor& tokens) {
+  return Cut::of(tokens.size(0), tokens.size(1), tokens.size(2), kTokens<T>);
+}
 
 // Landmark groups in a round: as many as warps, or as shared memory has room for.
 inline int groups_that_fit(int64_t m, int64_t fixed_bytes, int64_t bytes_per_group) {

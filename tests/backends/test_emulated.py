@@ -1,5 +1,6 @@
 """The emulation of the CUDA sources: its own checks, and no operator that relies on a missing barrier."""
 
+import ctypes
 import os
 import shlex
 import subprocess
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from lf_dense import laplacian_attention, laplacian_kernel, newton_schulz_inverse, use_backend
-from support import emulated
+from support import ROOT, emulated
 from support.literal import gradients, gram, make_inputs, relative_error
+from support.multiprocessors import loads
 
 ORDERS = ("forward", "reverse", "random")
 
@@ -72,6 +74,77 @@ def test_chunks_of_several_tiles(dtype, n, monkeypatch):
     emulated.install(monkeypatch)
     inputs = make_inputs(batch=1, heads=1, n=n, d=4, m=3, dtype=dtype)
     assert_rounds_like_the_reference(inputs, torch.randn_like(inputs[2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_chunks_of_several_tiles_in_many_heads(dtype, monkeypatch):
+    emulated.install(monkeypatch)
+    inputs = make_inputs(batch=20, heads=5, n=400, d=4, m=3, dtype=dtype)
+    assert_rounds_like_the_reference(inputs, torch.randn_like(inputs[2]))
+
+
+@pytest.fixture(scope="module")
+def chunk_tokens(tmp_path_factory):
+    """A function that lists the tokens of a head's chunks."""
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "cut.cpp").write_text(f"""#include "{ROOT / "ops" / "cuda" / "cut.h"}"
+extern "C" int chunk_tokens(int64_t batch, int64_t heads, int64_t tokens, int tile_tokens, int64_t* lengths) {{
+  const lf::Cut cut = lf::Cut::of(batch, heads, tokens, tile_tokens);
+  int64_t at = 0;
+  for (int64_t block = 0; block < cut.chunks * cut.heads; block += cut.heads) {{
+    const lf::Chunk chunk = cut.of_block(block);
+    if (chunk.head != 0 || chunk.first != at || chunk.tokens != cut.chunk_tokens(chunk.index)) return -1;
+    at += lengths[chunk.index] = chunk.tokens;
+  }}
+  return at == tokens ? cut.chunks : -1;
+}}""")
+    compiler = os.environ.get("CXX", "g++")
+    emulated.run(f"{compiler} -std=c++20 -O1 -shared -fPIC {folder / 'cut.cpp'} -o {folder / 'cut.so'}")
+    function = ctypes.CDLL(str(folder / "cut.so")).chunk_tokens
+    function.argtypes = [*[ctypes.c_int64] * 3, ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
+
+    def call(batch, heads, tokens, tile_tokens=64):
+        lengths = (ctypes.c_int64 * 4096)()
+        chunks = function(batch, heads, tokens, tile_tokens, lengths)
+        assert 0 < chunks <= 4096
+        return list(lengths[:chunks])
+
+    return call
+
+
+def test_chunks_follow_one_another_and_cover_every_token(chunk_tokens):
+    some = [*range(1, 300), 3136, 16_700, 66_800, 66_801, 518_400, 10_000_000]
+    for tokens in some:
+        for batch, heads in ((1, 1), (1, 8), (16, 5), (17, 1), (128, 1), (128, 5), (2000, 8)):
+            for tile in (32, 64):
+                assert min(chunk_tokens(batch, heads, tokens, tile)) > 0
+
+
+def test_batches_of_up_to_16_images_are_cut_like_one_image(chunk_tokens):
+    for tokens in (196, 3136, 66_800):
+        assert all(chunk_tokens(batch, 2, tokens) == chunk_tokens(1, 2, tokens) for batch in range(2, 17))
+
+
+@pytest.mark.parametrize("tokens", [3136, 12_544, 16_700, 35_000, 66_800, 518_400])
+@pytest.mark.parametrize("multiprocessors", [132, 108])
+def test_multiprocessors_are_evenly_loaded(tokens, multiprocessors, chunk_tokens):
+    for heads in (1, 2, 5):
+        lengths = chunk_tokens(1, heads, tokens)
+        tiles = -(-tokens // 64)
+        for batch in (1, 2, 3, 7, 16):
+            blocks = [-(-length // 64) for length in lengths for _ in range(batch * heads)]
+            mean = batch * heads * tiles / multiprocessors
+            # Where there are few tiles for each multiprocessor, single ones cannot do better than this.
+            best = -(-batch * heads * tiles // multiprocessors)
+            assert max(loads(blocks, multiprocessors)) <= max(1.05 * mean, best), (heads, batch)
+
+
+def test_partial_sums_are_a_tenth_of_a_training_batch(chunk_tokens):
+    batch, m, d = 128, 49, 64
+    inputs = batch * 3136 * d * 2  # of bfloat16
+    chunks = batch * len(chunk_tokens(batch, 1, 3136))
+    assert 4 * chunks * (m * d + m + 2 * d) <= 0.1 * 3 * inputs  # beside q, k and v
+    assert 4 * chunks * (3 * m * d + m + d) <= 0.1 * 4 * inputs  # and the upstream gradient
 
 
 def assert_rounds_like_the_reference(inputs, weight):
