@@ -68,6 +68,25 @@ struct OnDeviceOf {
 };
 #endif
 
+// Shared memory laid out once for the host, which asks for `bytes`, and for the kernel, which takes the
+// pieces.
+template <typename T>
+struct Piece {
+  int64_t offset;
+  __device__ T* in(unsigned char* memory) const { return reinterpret_cast<T*>(memory + offset); }
+};
+
+struct Layout {
+  int64_t bytes = 0;
+
+  template <typename T>
+  LF_HOST_DEVICE constexpr Piece<T> add(int64_t count) {
+    const Piece<T> piece{bytes};
+    bytes += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return piece;
+  }
+};
+
 template <typename T>
 struct alignas(16) Four {
   T at[4];

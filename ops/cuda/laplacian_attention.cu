@@ -25,36 +25,77 @@ struct KeyArguments {
   T* inverse;
 };
 
+// Landmarks in fours of channels; an odd number of fours a row keeps shared memory free of bank conflicts.
+struct Points {
+  int stride, count;  // in fours
+
+  LF_HOST_DEVICE constexpr Points(int m, int channels)
+      : stride((channels + 3) / 4 | 1), count((m + 3) / 4 * 4 * stride) {}
+};
+
 // (kappa(L, L) + eps I)^-1 of one head.
-template <typename T>
-__device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, T* memory) {
+template <typename T, int Fixed>
+__device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, unsigned char* memory) {
   const Rows landmarks = Rows::of(a.landmarks, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), side = padded_to_four(m),
-            stride = landmarks.channels + 1;
-  T* points = memory + side * side;
-  for (int index = threadIdx.x; index < m * landmarks.channels; index += kThreads) {
-    const int row = index / landmarks.channels, channel = index % landmarks.channels;
-    points[row * stride + channel] = load<T>(landmarks.at(row, channel), landmarks.dtype);
+  const int m = Fixed ? Fixed : static_cast<int>(a.landmarks.size[2]), side = padded_to_four(m),
+            quads = (landmarks.channels + 3) / 4;
+  const Points points(m, landmarks.channels);
+  const SolverLayout<T> layout(m, a.iters, 4 * points.count);
+  Four<T>* from = reinterpret_cast<Four<T>*>(layout.buffers.in(memory));
+  for (int index = threadIdx.x; index < side * quads; index += kThreads) {
+    const int row = index / quads, quad = index % quads;
+    Four<T> value = {};
+    if (row < m) value = landmarks.four<T>(row, 4 * quad);
+    from[row * points.stride + quad] = value;
   }
   __syncthreads();
-  for (int index = threadIdx.x; index < side * side; index += kThreads) {
-    const int row = index / side, column = index % side;
-    T sum = 0;
-    if (row < m && column < m) {
-      for (int c = 0; c < landmarks.channels; ++c)
-        sum += absolute(points[row * stride + c] - points[column * stride + c]);
+  T* matrix = layout.matrix.in(memory);
+  for_each_tile<true>(side, [&](const PairTile& tile, bool active) {
+    T sum[4][4] = {};
+#pragma unroll 1
+    for (int quad = tile.half; quad < quads; quad += 2) {
+      Four<T> left[4], right[4];
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        left[u] = from[tile.row_of(u) * points.stride + quad];
+        right[u] = from[(tile.column + u) * points.stride + quad];
+      }
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+#pragma unroll
+          for (int u = 0; u < 4; ++u) sum[r][c] += absolute(left[r].at[u] - right[c].at[u]);
+        }
+      }
     }
-    memory[index] = row < m && column < m ? exponential(sum * (-1 / a.scale)) : T{0};
-  }
+    add_pair(sum);
+    if (!active) return;
+    Four<T> rows[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const bool real = tile.row_of(u) < m && tile.column + c < m;
+        rows[u].at[c] = real ? exponential(sum[u][c] * (-1 / a.scale)) : T{0};
+      }
+    }
+    put_tile<true>(tile, rows, side, matrix);
+  });
   __syncthreads();
-  invert_shared<T>(memory, m, a.iters, a.eps, a.inverse + head * m * m);
+  invert_shared<T, true, Fixed>(memory, layout, m, a.iters, a.eps, a.inverse + head * m * m);
 }
 
 template <typename T, int DK>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(const KeyArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  if (blockIdx.x < a.solver_blocks) {
-    solve_head<T>(a, blockIdx.x, reinterpret_cast<T*>(memory));
+  // A solver is every other block until all heads have theirs: of few heads they start at once, and many do
+  // not keep the stream waiting.
+  const int64_t solvers_before = min(a.solver_blocks, (static_cast<int64_t>(blockIdx.x) + 1) / 2);
+  if (blockIdx.x % 2 == 0 && blockIdx.x / 2 < a.solver_blocks) {
+    const bool usual = a.landmarks.size[2] == kUsualLandmarks;
+    usual ? solve_head<T, kUsualLandmarks>(a, blockIdx.x / 2, memory)
+          : solve_head<T, 0>(a, blockIdx.x / 2, memory);
     return;
   }
   Four<T>* keys = reinterpret_cast<Four<T>*>(memory);
@@ -63,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   T* columns = reinterpret_cast<T*>(landmarks + a.groups_per_round * kGroup * kQuads<DK>);
   T* parts = columns + a.groups_per_round * kGroup * kColumnStride<T>;
   T* shift = parts + kWarps * DK * kWarp;
-  const Chunk chunk = a.cut.of_block(blockIdx.x - a.solver_blocks);
+  const Chunk chunk = a.cut.of_block(blockIdx.x - solvers_before);
   const int64_t head = chunk.head;
   const Rows k = Rows::of(a.k, head), v = Rows::of(a.v, head), l = Rows::of(a.landmarks, head);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = k.channels,
@@ -557,9 +598,9 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
   keys.groups_per_round = groups_that_fit(m, fixed, per_group);
   keys.rounds = rounds_of(m, keys.groups_per_round);
   const int64_t stream_bytes = fixed + keys.groups_per_round * per_group;
-  const int64_t side = padded_to_four(static_cast<int>(m));
-  const int64_t solve_bytes = std::max<int64_t>(solver_bytes<T>(m, static_cast<int>(iters)),
-                                                (side * side + m * (channels + 1)) * sizeof(T));
+  const Points points(static_cast<int>(m), static_cast<int>(channels));
+  const int64_t solve_bytes =
+      SolverLayout<T>(static_cast<int>(m), static_cast<int>(iters), 4 * points.count).layout.bytes;
   keys.iters = static_cast<int>(iters), keys.eps = eps, keys.inverse = data<T>(results.inverse);
   // Beside the stream where its blocks' shared memory has room; a solver that needs more would cost the
   // stream its occupancy.

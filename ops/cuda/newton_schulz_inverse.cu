@@ -7,15 +7,20 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     invert_small(const T* w, int m, int iters, double eps, T* inverse) {
   LF_SHARED_MEMORY(memory);
-  T* packed = reinterpret_cast<T*>(memory);
-  const int side = padded_to_four(m);
+  const SolverLayout<T> layout(m, iters);
+  const int side = layout.side;
+  T* packed = layout.matrix.in(memory);
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * m * m;
   for (int index = threadIdx.x; index < side * side; index += kThreads) {
     const int row = index / side, column = index % side;
     packed[index] = row < m && column < m ? w[offset + row * m + column] : T{0};
   }
   __syncthreads();
-  invert_shared<T>(packed, m, iters, eps, inverse + offset);
+  if (m == kUsualLandmarks) {
+    invert_shared<T, false, kUsualLandmarks>(memory, layout, m, iters, eps, inverse + offset);
+  } else {
+    invert_shared<T, false, 0>(memory, layout, m, iters, eps, inverse + offset);
+  }
 }
 
 // One block a matrix: w + eps I, its largest row sum, and the start of the iteration.
@@ -83,7 +88,7 @@ Tensor newton_schulz_inverse(const Tensor& w, int64_t iters, double eps) {
 
 template <typename T>
 void invert(const T* w, int64_t batch, int64_t m, int64_t iters, double eps, T* inverse, const Tensor& like) {
-  const int64_t bytes = solver_bytes<T>(m, static_cast<int>(iters));
+  const int64_t bytes = SolverLayout<T>(static_cast<int>(m), static_cast<int>(iters)).layout.bytes;
   if (bytes <= shared_memory_limit()) {
     launch(invert_small<T>, batch, kThreads, bytes, like, w, m, iters, eps, inverse);
   } else {

@@ -10,7 +10,7 @@ import torch
 
 from lf_dense import laplacian_attention, laplacian_kernel, newton_schulz_inverse, use_backend
 from support import ROOT, emulated
-from support.literal import gradients, gram, make_inputs, relative_error
+from support.literal import exact_inverse, gradients, gram, make_inputs, relative_error
 from support.multiprocessors import loads
 
 ORDERS = ("forward", "reverse", "random")
@@ -145,6 +145,22 @@ def test_partial_sums_are_a_tenth_of_a_training_batch(chunk_tokens):
     chunks = batch * len(chunk_tokens(batch, 1, 3136))
     assert 4 * chunks * (m * d + m + 2 * d) <= 0.1 * 3 * inputs  # beside q, k and v
     assert 4 * chunks * (3 * m * d + m + d) <= 0.1 * 4 * inputs  # and the upstream gradient
+
+
+@pytest.mark.parametrize("m", [1, 4, 16, 49, 64, 100])
+@pytest.mark.parametrize("eps", [1e-3, 1e-2, 0.1])
+def test_the_attentions_own_solver_rounds_like_plain_pytorch_after_every_step(m, eps, monkeypatch):
+    emulated.install(monkeypatch)
+    attention = getattr(torch.ops, emulated.LIBRARY).laplacian_attention
+    tokens = torch.randn(1, 1, 1, 16)
+    for spread in (3.0, 0.1, 1e-2, 0.0):
+        landmarks = spread * torch.randn(1, 1, m, 16)
+        w = laplacian_kernel(landmarks.double(), landmarks.double(), backend="reference")
+        exact = exact_inverse(w, eps)
+        for iters in (1, 2, 3, 4, 5, 7, 9, 10, 14, 20):
+            plain = newton_schulz_inverse(w.float(), iters, eps, backend="reference")
+            inverse = attention(tokens, tokens, tokens, landmarks, 4.0, iters, eps, 1e-2)[1]
+            assert relative_error(inverse, exact) <= 2 * relative_error(plain, exact) + 1e-6, (spread, iters)
 
 
 def assert_rounds_like_the_reference(inputs, weight):
