@@ -17,14 +17,13 @@ struct Span {
 // One block's share of a head.
 struct Chunk {
   int64_t index;  // of the partial sums, head by head
-  int64_t first;
-  int head, tokens;
+  int head, first_tile, tokens;
 
   // The tokens of a tile; the chunk ends before the first tile without any.
   template <int tile_tokens>
   LF_HOST_DEVICE Span tile(int number) const {
-    const int before = number * tile_tokens, left = tokens - before;
-    return {first + before, left < tile_tokens ? left : tile_tokens};
+    const int left = tokens - number * tile_tokens;
+    return {static_cast<int64_t>(first_tile + number) * tile_tokens, left < tile_tokens ? left : tile_tokens};
   }
 };
 
@@ -44,12 +43,15 @@ struct Cut {
   Level level[kLevels];
 
   // Where a head's chunk begins; the one behind the last begins at the end.
-  LF_HOST_DEVICE int64_t first_token(int64_t chunk) const {
+  LF_HOST_DEVICE int64_t first_tile(int64_t chunk) const {
     Level last = level[0];
     for (int i = 1; i < kLevels; ++i) {
       if (chunk >= level[i].first_chunk) last = level[i];
     }
-    const int64_t first = (last.first_tile + (chunk - last.first_chunk) * last.tiles) * tile_tokens;
+    return last.first_tile + (chunk - last.first_chunk) * last.tiles;
+  }
+  LF_HOST_DEVICE int64_t first_token(int64_t chunk) const {
+    const int64_t first = first_tile(chunk) * tile_tokens;
     return first < tokens ? first : tokens;
   }
   LF_HOST_DEVICE int64_t chunk_tokens(int64_t chunk) const {
@@ -58,7 +60,7 @@ struct Cut {
   // Blocks take a chunk of every head before the next chunk, so that the shorter ones come last.
   LF_HOST_DEVICE Chunk of_block(int64_t block) const {
     const int64_t head = block % heads, chunk = block / heads;
-    return {head * chunks + chunk, first_token(chunk), static_cast<int>(head),
+    return {head * chunks + chunk, static_cast<int>(head), static_cast<int>(first_tile(chunk)),
             static_cast<int>(chunk_tokens(chunk))};
   }
 

@@ -2,6 +2,7 @@
 // the chunks' sums up, one streams queries; backward the two streams again, with the landmarks' small
 // matrices between them. Kernel columns are recomputed, never stored. docs/operators.md has the floor and the
 // reasons.
+#include "landmarks.cuh"
 #include "laplacian_kernel.cuh"
 #include "matrix.cuh"
 
@@ -242,17 +243,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
     }
   }
   __syncthreads();
-  for (int index = threadIdx.x; index < a.m * width; index += kFinishThreads) {
-    const int row = index / width, c = index % width;
-    const T* inverse = a.inverse + (head * a.m + row) * a.m;
-    T sum = 0;
-    for (int j = 0; j < a.m; ++j) sum += inverse[j] * result[4 * j + c];
-    if (for_mass) {
-      a.pooled_mass[head * a.m + row] = sum;
-    } else {
-      a.pooled_values[(head * a.m + row) * a.channels + channel + c] = sum;
-    }
-  }
+  T* out = for_mass ? a.pooled_mass + head * a.m : a.pooled_values + head * a.m * a.channels + channel;
+  times_inverse<T>(a.inverse + head * a.m * a.m, false, a.m, result, width, out, for_mass ? 1 : a.channels);
 }
 
 // Forward, queries: one tile a block.
@@ -481,12 +473,19 @@ struct KeyGradientArguments {
   const T* totals;             // the query pass's sums, the upstream gradient's from `grad_sum_at`
   int64_t total_size, grad_sum_at;
   T* partials;
+  LandmarkGradient<T> through_inverse;  // in the blocks behind the stream's
+  unsigned stream_blocks;
+  T per_token, per_distance;  // 1 / N and 1 / (N scale)
 };
 
 template <typename T, int DK>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
     key_gradients(const KeyGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
+  if (blockIdx.x >= a.stream_blocks) [[unlikely]] {
+    landmark_gradient<T, DK>(a.through_inverse, blockIdx.x - a.stream_blocks, memory);
+    return;
+  }
   Four<T>* keys = reinterpret_cast<Four<T>*>(memory);
   Four<T>* values = keys + kQuads<DK> * kTokenStride<T>;
   Four<T>* dkeys = values + kQuads<DK> * kTokenStride<T>;
@@ -498,7 +497,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
   const int64_t head = chunk.head;
   const int m = static_cast<int>(a.landmarks.size[2]), channels = static_cast<int>(a.k.size[3]),
             per_round = a.groups_per_round * kGroup;
-  const T n = static_cast<T>(a.cut.tokens);
   T* dlandmarks = a.partials + chunk.index * m * channels;
   for (int tile = 0;; ++tile) {
     const auto [first, count] = chunk.tile<kTokens<T>>(tile);
@@ -508,6 +506,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
     load_tokens<T, DK>(Rows::of(a.v, head), first, count, values);
     clear_tokens<T, DK>(dkeys);
     __syncthreads();
+#pragma unroll 1
     for (int index = threadIdx.x; index < count * channels; index += kThreads) {
       token_channel(values, index / channels, index % channels) -=
           a.mean_value[head * channels + index % channels];
@@ -535,10 +534,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
                   mass = real ? a.mass[head * m + group.first + j] : T{0};
 #pragma unroll
           for (int i = 0; i < kPerLane<T>; ++i) {
-            weights[j][i] = kernel[j][i] * (weights[j][i] + dmass) / (n * a.scale);
+            weights[j][i] = kernel[j][i] * (weights[j][i] + dmass) * a.per_distance;
             // The mean of dV leaves before the product: on close tokens the difference after it would cancel
             // to nothing.
-            kernel[j][i] = (kernel[j][i] - mass) / n;
+            kernel[j][i] = (kernel[j][i] - mass) * a.per_token;
           }
         }
         put_columns<T>(kernel, own);
@@ -563,7 +562,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
       for (int c = 0; c < DK; ++c) {
         const int channel = lane + c * kWarp;
         if (token < count && channel < channels) {
-          const T mean = a.totals[head * a.total_size + a.grad_sum_at + channel] / n;
+          const T mean = a.totals[head * a.total_size + a.grad_sum_at + channel] * a.per_token;
           store<T>(dv.at(first + token, channel), dv.dtype, own_dvalues[i][c] + mean);
         }
       }
@@ -571,28 +570,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
   }
 }
 
-// U = A P and t = A p from what the forward pass saved.
-template <typename T>
-void pool(const T* inverse, const T* sums, const T* mass, int64_t heads, int64_t m, int64_t channels,
-          T* values, T* pooled_mass, const Tensor& like) {
-  Product<T> product{inverse, sums,         values,   m, channels,     m,       m * m, m,
-                     1,       m * channels, channels, 1, m * channels, channels};
-  multiply<T>(product, heads, like);
-  Product<T> column{inverse, mass, pooled_mass, m, 1, m, m * m, m, 1, m, 1, 1, m, 1};
-  multiply<T>(column, heads, like);
-}
-
 template <typename T, int DK>
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks, double scale,
              int64_t iters, double eps, double tau, const AttentionResults& results) {
   const int64_t heads = q.size(0) * q.size(1), channels = q.size(3), m = landmarks.size(2);
-  const ScalarType type = compute_type(q);
   const Cut cut = cut_of<T>(q);
 
   KeyArguments<T> keys{view(k), view(v), view(landmarks), static_cast<T>(scale), 0, 0, cut};
   keys.partial_size = m * channels + m + 2 * channels;
-  Tensor partials = empty({heads, cut.chunks, keys.partial_size}, type, q);
-  keys.partials = data<T>(partials);
+  Layout layout;
+  const auto partials_at = layout.add<T>(heads * cut.chunks * keys.partial_size),
+             pooled_values_at = layout.add<T>(heads * m * channels),
+             pooled_mass_at = layout.add<T>(heads * m);
+  const Workspace workspace(layout, q);
+  keys.partials = workspace.at(partials_at);
+  T *pooled_values = workspace.at(pooled_values_at), *pooled_mass = workspace.at(pooled_mass_at);
   int64_t fixed = 2 * kTokenBytes<T, DK> + (kWarps + 1) * DK * kWarp * sizeof(T),
           per_group = kLandmarkBytes<T, DK> + kColumnBytes<T>;
   keys.groups_per_round = groups_that_fit(m, fixed, per_group);
@@ -606,17 +598,23 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
   // stream its occupancy.
   keys.solver_blocks = solve_bytes <= stream_bytes ? heads : 0;
   if (keys.solver_blocks == 0) {
-    Tensor gram = empty({q.size(0), q.size(1), m, m}, type, q);
+    Tensor gram = empty({q.size(0), q.size(1), m, m}, compute_type(q), q);
     kernel_matrix(landmarks, landmarks, scale, gram);
     invert<T>(data<T>(gram), heads, m, iters, eps, data<T>(results.inverse), q);
   }
   launch(stream_keys<T, DK>, keys.solver_blocks + heads * cut.chunks, kThreads, stream_bytes, q, keys);
 
-  Tensor pooled_values = empty({heads, m, channels}, type, q), pooled_mass = empty({heads, m}, type, q);
-  const FinishArguments<T> finish{
-      data<T>(partials),           data<T>(results.inverse),   keys.partial_size,     cut,
-      static_cast<int>(m),         static_cast<int>(channels), data<T>(results.sums), data<T>(results.mass),
-      data<T>(results.mean_value), data<T>(pooled_values),     data<T>(pooled_mass)};
+  const FinishArguments<T> finish{keys.partials,
+                                  data<T>(results.inverse),
+                                  keys.partial_size,
+                                  cut,
+                                  static_cast<int>(m),
+                                  static_cast<int>(channels),
+                                  data<T>(results.sums),
+                                  data<T>(results.mass),
+                                  data<T>(results.mean_value),
+                                  pooled_values,
+                                  pooled_mass};
   const int64_t finish_bytes = 4 * kFinishThreads * (sizeof(double) + sizeof(T)) + 4 * m * sizeof(T);
   launch(finish_keys<T>, heads * ((channels + 3) / 4 + 1), kFinishThreads, finish_bytes, q, finish);
 
@@ -628,8 +626,8 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
                             0,
                             0,
                             (q.size(2) + kTokens<T> - 1) / kTokens<T>,
-                            data<T>(pooled_values),
-                            data<T>(pooled_mass),
+                            pooled_values,
+                            pooled_mass,
                             data<T>(results.mean_value)};
   fixed = kTokenBytes<T, DK> + kWarps * kTokens<T> * sizeof(T),
   per_group = 2 * kLandmarkBytes<T, DK> + kColumnBytes<T>;
@@ -644,18 +642,34 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
               const Tensor& inverse, const Tensor& sums, const Tensor& mass, const Tensor& mean_value,
               double scale, double tau, const Tensor& dq, const Tensor& dk, const Tensor& dv,
               const Tensor& dlandmarks) {
-  const int64_t batch = q.size(0), heads = batch * q.size(1), channels = q.size(3), m = landmarks.size(2),
-                size = m * channels;
-  const ScalarType type = compute_type(q);
+  const int64_t heads = q.size(0) * q.size(1), channels = q.size(3), m = landmarks.size(2),
+                size = m * channels, total_size = 2 * size + m + channels;
   const Cut cut = cut_of<T>(q);
-  Tensor pooled_values = empty({heads, m, channels}, type, q), pooled_mass = empty({heads, m}, type, q);
-  pool<T>(data<T>(inverse), data<T>(sums), data<T>(mass), heads, m, channels, data<T>(pooled_values),
-          data<T>(pooled_mass), q);
+  Layout layout;
+  // The key pass writes its partial sums where the query pass's were.
+  const auto partials_at = layout.add<T>(heads * cut.chunks * total_size),
+             totals_at = layout.add<T>(heads * total_size), pooled_values_at = layout.add<T>(heads * size),
+             dsums_at = layout.add<T>(heads * size), share_at = layout.add<T>(heads * size),
+             pooled_mass_at = layout.add<T>(heads * m), dmass_at = layout.add<T>(heads * m);
+  const Workspace workspace(layout, q);
+  T *partials = workspace.at(partials_at), *totals = workspace.at(totals_at);
+  T *pooled_values = workspace.at(pooled_values_at), *pooled_mass = workspace.at(pooled_mass_at),
+    *dsums = workspace.at(dsums_at), *dmass = workspace.at(dmass_at);
+
+  // U = A P and t = A p again, and after the query pass dP = A^T dU and dp = A^T dt.
+  InverseProduct<T> product{.inverse = data<T>(inverse),
+                            .transposed = false,
+                            .m = static_cast<int>(m),
+                            .channels = static_cast<int>(channels),
+                            .matrix = data<T>(sums),
+                            .column = data<T>(mass),
+                            .matrix_stride = size,
+                            .column_stride = m,
+                            .matrix_out = pooled_values,
+                            .column_out = pooled_mass};
+  launch_product(product, heads, q);
 
   const int64_t per_group = 2 * kLandmarkBytes<T, DK> + kColumnBytes<T>;
-  const int64_t total_size = 2 * size + m + channels;
-  Tensor partials = empty({heads, cut.chunks, total_size}, type, q),
-         totals = empty({heads, total_size}, type, q);
   {
     const int64_t fixed = 3 * kTokenBytes<T, DK> +
                           (kWarps * std::max(kTokens<T>, DK * kWarp) + (kWarps + 2) * kTokens<T>)*sizeof(T);
@@ -663,81 +677,54 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
                                 static_cast<T>(tau)};
     a.groups_per_round = groups_that_fit(m, fixed, per_group);
     a.rounds = rounds_of(m, a.groups_per_round);
-    a.cut = cut, a.pooled_values = data<T>(pooled_values), a.pooled_mass = data<T>(pooled_mass);
-    a.partials = data<T>(partials), a.partial_size = total_size;
+    a.cut = cut, a.pooled_values = pooled_values, a.pooled_mass = pooled_mass;
+    a.partials = partials, a.partial_size = total_size;
     launch(query_gradients<T, DK>, heads * cut.chunks, kThreads, fixed + a.groups_per_round * per_group, q,
            a);
   }
-  reduce<T>(
-      {data<T>(partials), heads, cut.chunks, total_size, total_size, nullptr, nullptr, data<T>(totals), {}},
-      q);
-  const T *dvalues = data<T>(totals), *query_dlandmarks = dvalues + size,
-          *dpooled_mass = query_dlandmarks + size;
-
-  // dP = A^T dU, dp = A^T dt, dA = dU P^T + dt p^T, dW = -A^T dA A^T.
-  Tensor dsums = empty({heads, m, channels}, type, q), dmass = empty({heads, m}, type, q);
-  const T* a = data<T>(inverse);
-  Product<T> product{a, dvalues, data<T>(dsums), m,        channels, m,    m * m,
-                     1, m,       total_size,     channels, 1,        size, channels};
-  multiply<T>(product, heads, q);
-  Product<T> column{a, dpooled_mass, data<T>(dmass), m, 1, m, m * m, 1, m, total_size, 1, 1, m, 1};
-  multiply<T>(column, heads, q);
-  Tensor dinverse = empty({heads, m, m}, type, q), half = empty({heads, m, m}, type, q);
-  Tensor dgram = empty({batch, q.size(1), m, m}, type, q);
-  Product<T> outer{dvalues,
-                   data<T>(sums),
-                   data<T>(dinverse),
-                   m,
-                   m,
-                   channels,
-                   total_size,
-                   channels,
-                   1,
-                   size,
-                   1,
-                   channels,
-                   m * m,
-                   m};
-  outer.u = dpooled_mass, outer.u_batch = total_size, outer.u_stride = 1;
-  outer.v = data<T>(mass), outer.v_batch = m, outer.v_stride = 1;
-  multiply<T>(outer, heads, q);
-  Product<T> left{a, data<T>(dinverse), data<T>(half), m, m, m, m * m, 1, m, m * m, m, 1, m * m, m};
-  multiply<T>(left, heads, q);
-  Product<T> right{data<T>(half), a, data<T>(dgram), m, m, m, m * m, m, 1, m * m, 1, m, m * m, m};
-  right.alpha = -1;
-  multiply<T>(right, heads, q);
-  Tensor as_rows = empty({batch, q.size(1), m, channels}, type, q),
-         as_columns = empty({batch, q.size(1), m, channels}, type, q);
-  kernel_gradients(dgram, landmarks, landmarks, scale, as_rows, as_columns);
-
-  Tensor key_partials = empty({heads, cut.chunks, m, channels}, type, q),
-         landmark_total = empty({heads, m, channels}, type, q);
+  reduce<T>({.partials = partials,
+             .heads = heads,
+             .chunks = cut.chunks,
+             .stride = total_size,
+             .size = total_size,
+             .sums = totals},
+            q);
+  const T *dvalues = totals, *query_dlandmarks = dvalues + size, *dpooled_mass = query_dlandmarks + size;
+  product.transposed = true;
+  product.matrix = dvalues, product.column = dpooled_mass;
+  product.matrix_stride = product.column_stride = total_size;
+  product.matrix_out = dsums, product.column_out = dmass;
+  launch_product(product, heads, q);
   {
     const int64_t fixed = 3 * kTokenBytes<T, DK>;
     KeyGradientArguments<T> keys{view(k),  view(v),  view(landmarks),
                                  view(dk), view(dv), static_cast<T>(scale)};
     keys.groups_per_round = groups_that_fit(m, fixed, per_group);
     keys.rounds = rounds_of(m, keys.groups_per_round);
-    keys.cut = cut, keys.dsums = data<T>(dsums), keys.dmass = data<T>(dmass), keys.mass = data<T>(mass),
+    keys.cut = cut, keys.dsums = dsums, keys.dmass = dmass, keys.mass = data<T>(mass),
     keys.mean_value = data<T>(mean_value);
-    keys.totals = data<T>(totals), keys.total_size = total_size, keys.grad_sum_at = 2 * size + m;
-    keys.partials = data<T>(key_partials);
-    launch(key_gradients<T, DK>, heads * cut.chunks, kThreads, fixed + keys.groups_per_round * per_group, q,
-           keys);
+    keys.totals = totals, keys.total_size = total_size, keys.grad_sum_at = 2 * size + m;
+    keys.partials = partials;
+    keys.per_token = static_cast<T>(1 / static_cast<double>(q.size(2)));
+    keys.per_distance = static_cast<T>(1 / (static_cast<double>(q.size(2)) * scale));
+    keys.stream_blocks = static_cast<unsigned>(heads * cut.chunks);
+    keys.through_inverse = {view(landmarks), static_cast<T>(scale), dsums, dmass, pooled_values,
+                            pooled_mass,     workspace.at(share_at)};
+    const int64_t blocks = heads * (cut.chunks + LandmarkGradient<T>::blocks_a_head(m));
+    const int64_t bytes = std::max<int64_t>(fixed + keys.groups_per_round * per_group,
+                                            LandmarkGradientLayout<T, DK>().layout.bytes);
+    launch(key_gradients<T, DK>, blocks, kThreads, bytes, q, keys);
   }
-  reduce<T>({data<T>(key_partials),
-             heads,
-             cut.chunks,
-             size,
-             size,
-             data<T>(as_rows),
-             data<T>(as_columns),
-             data<T>(landmark_total),
-             {}},
-            q);
-  // The query pass's share lies inside its totals: one chunk of its own.
-  reduce<T>({query_dlandmarks, heads, 1, total_size, size, data<T>(landmark_total), nullptr, nullptr,
-             view(dlandmarks)},
+  reduce<T>({.partials = partials,
+             .heads = heads,
+             .chunks = cut.chunks,
+             .stride = size,
+             .size = size,
+             .more = workspace.at(share_at),
+             .and_more = query_dlandmarks,
+             .more_stride = size,
+             .and_more_stride = total_size,
+             .out = view(dlandmarks)},
             q);
 }
 

@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kThreads) reduce_partials(const Reduction<T> a
   if (slice > 0 || index >= a.size) return;
 #pragma unroll
   for (int s = 1; s < kSlices; ++s) sum += parts[s][lane];
-  if (a.more) sum += a.more[head * a.size + index];
-  if (a.and_more) sum += a.and_more[head * a.size + index];
+  if (a.more) sum += a.more[head * a.more_stride + index];
+  if (a.and_more) sum += a.and_more[head * a.and_more_stride + index];
   if (a.sums) {
     a.sums[head * a.size + index] = sum;
   } else {
@@ -210,8 +210,12 @@ void kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& y, doub
     a.groups_per_round = groups_that_fit(m, fixed, per_group);
     a.rounds = rounds_of(m, a.groups_per_round);
     launch(backward<T, DK>, heads * cut.chunks, kThreads, fixed + a.groups_per_round * per_group, x, a);
-    reduce<T>({data<T>(partials), heads, cut.chunks, m * channels, m * channels, nullptr, nullptr, nullptr,
-               view(dy)},
+    reduce<T>({.partials = data<T>(partials),
+               .heads = heads,
+               .chunks = cut.chunks,
+               .stride = m * channels,
+               .size = m * channels,
+               .out = view(dy)},
               x);
   });
 }

@@ -230,24 +230,20 @@ __device__ inline void invert_shared(unsigned char* memory, const SolverLayout<T
 
 constexpr int kBlock = 64;  // rows and columns of a block's result, 4 x 4 of them a thread
 
-// Batched out = alpha a b + diagonal I + plus + u v^T, rows x columns, depth; strides in elements. Where
-// `bound` is given, alpha is multiplied by the factor of the solver's step.
+// Batched out = alpha a b + diagonal I + plus of contiguous m x m matrices.
 template <typename T>
 struct Product {
   const T *a, *b;
   T* out;
-  int64_t rows, columns, depth;
-  int64_t a_batch, a_row, a_depth, b_batch, b_depth, b_column, out_batch, out_row;
+  int64_t m;
   T alpha = 1, diagonal = 0;
-  const T* plus = nullptr;  // laid out as out
-  const T *u = nullptr, *v = nullptr;
-  int64_t u_batch = 0, u_stride = 0, v_batch = 0, v_stride = 0;
+  const T* plus = nullptr;
+  // Where `bound` is given, alpha is multiplied by the factor of the solver's step.
   const T* bound = nullptr;
   double eps = 0;
   int step = 0;
 
-  __host__ __device__ int64_t row_blocks() const { return (rows + kBlock - 1) / kBlock; }
-  __host__ __device__ int64_t column_blocks() const { return (columns + kBlock - 1) / kBlock; }
+  __host__ __device__ int64_t blocks_a_side() const { return (m + kBlock - 1) / kBlock; }
 };
 
 constexpr int kDepth = 16;
@@ -256,27 +252,18 @@ template <typename T, typename Sum>
 __global__ void __launch_bounds__(kThreads) batched_product(const Product<T> p) {
   __shared__ T left[kDepth][kBlock + 4];
   __shared__ T right[kDepth][kBlock + 4];
-  const int64_t blocks = p.row_blocks() * p.column_blocks(), batch = blockIdx.x / blocks,
-                block = blockIdx.x % blocks;
-  const int64_t first_row = block / p.column_blocks() * kBlock,
-                first_column = block % p.column_blocks() * kBlock;
+  const int64_t side = p.blocks_a_side(), batch = blockIdx.x / (side * side), offset = batch * p.m * p.m;
+  const int64_t first_row = blockIdx.x / side % side * kBlock, first_column = blockIdx.x % side * kBlock;
   const int row_in_block = threadIdx.x / 16 * 4, column_in_block = threadIdx.x % 16 * 4;
   Sum sum[4][4] = {};
-  for (int64_t first = 0; first < p.depth; first += kDepth) {
+  for (int64_t first = 0; first < p.m; first += kDepth) {
     for (int index = threadIdx.x; index < kDepth * kBlock; index += kThreads) {
       // Neighbouring threads take neighbouring addresses of either operand.
-      const bool a_by_depth = p.a_depth == 1, b_by_depth = p.b_depth == 1;
-      const int a_k = a_by_depth ? index % kDepth : index / kBlock,
-                a_r = a_by_depth ? index / kDepth : index % kBlock;
-      const int b_k = b_by_depth ? index % kDepth : index / kBlock,
-                b_c = b_by_depth ? index / kDepth : index % kBlock;
-      const bool a_inside = first + a_k < p.depth && first_row + a_r < p.rows;
-      const bool b_inside = first + b_k < p.depth && first_column + b_c < p.columns;
-      left[a_k][a_r] =
-          a_inside ? p.a[batch * p.a_batch + (first_row + a_r) * p.a_row + (first + a_k) * p.a_depth] : T{0};
-      right[b_k][b_c] =
-          b_inside ? p.b[batch * p.b_batch + (first + b_k) * p.b_depth + (first_column + b_c) * p.b_column]
-                   : T{0};
+      const int a_k = index % kDepth, a_r = index / kDepth, b_k = index / kBlock, b_c = index % kBlock;
+      const bool a_inside = first + a_k < p.m && first_row + a_r < p.m;
+      const bool b_inside = first + b_k < p.m && first_column + b_c < p.m;
+      left[a_k][a_r] = a_inside ? p.a[offset + (first_row + a_r) * p.m + first + a_k] : T{0};
+      right[b_k][b_c] = b_inside ? p.b[offset + (first + b_k) * p.m + first_column + b_c] : T{0};
     }
     __syncthreads();
 #pragma unroll
@@ -299,14 +286,11 @@ __global__ void __launch_bounds__(kThreads) batched_product(const Product<T> p) 
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const int64_t row = first_row + row_in_block + r, column = first_column + column_in_block + c;
-      if (row >= p.rows || column >= p.columns) continue;
-      const int64_t at = batch * p.out_batch + row * p.out_row + column;
+      if (row >= p.m || column >= p.m) continue;
+      const int64_t at = offset + row * p.m + column;
       Sum value =
           static_cast<Sum>(alpha) * sum[r][c] + (row == column ? static_cast<Sum>(p.diagonal) : Sum{0});
       if (p.plus) value += static_cast<Sum>(p.plus[at]);
-      if (p.u)
-        value += static_cast<Sum>(p.u[batch * p.u_batch + row * p.u_stride]) *
-                 static_cast<Sum>(p.v[batch * p.v_batch + column * p.v_stride]);
       p.out[at] = static_cast<T>(value);
     }
   }
@@ -314,15 +298,8 @@ __global__ void __launch_bounds__(kThreads) batched_product(const Product<T> p) 
 
 template <typename T, typename Sum = T>
 void multiply(const Product<T>& product, int64_t batch, const Tensor& like) {
-  launch(batched_product<T, Sum>, batch * product.row_blocks() * product.column_blocks(), kThreads, 0, like,
-         product);
-}
-
-// A product of square matrices, contiguous.
-template <typename T>
-Product<T> square_product(const T* a, const T* b, T* out, int64_t m) {
-  Product<T> p{a, b, out, m, m, m, m * m, m, 1, m * m, m, 1, m * m, m};
-  return p;
+  launch(batched_product<T, Sum>, batch * product.blocks_a_side() * product.blocks_a_side(), kThreads, 0,
+         like, product);
 }
 
 // (w + eps I)^-1 of `batch` contiguous matrices: one launch where one fits in shared memory, else by batched

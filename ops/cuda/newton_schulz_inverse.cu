@@ -51,27 +51,23 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 void invert_large(const T* w, int64_t batch, int64_t m, int64_t iters, double eps, T* inverse,
                   const Tensor& like) {
-  const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  Tensor ridged = empty({batch, m, m}, type, like), y = empty({batch, m, m}, type, like),
-         first = empty({batch, m, m}, type, like);
-  Tensor second = empty({batch, m, m}, type, like), bound = empty({batch}, type, like);
-  T *x = data<T>(first), *next = data<T>(second);
-  launch(start_large<T>, batch, kThreads, 0, like, w, m, eps, data<T>(ridged), data<T>(bound), x);
+  Layout layout;
+  const auto ridged_at = layout.add<T>(batch * m * m), residual_at = layout.add<T>(batch * m * m),
+             first_at = layout.add<T>(batch * m * m), second_at = layout.add<T>(batch * m * m),
+             bound_at = layout.add<T>(batch);
+  const Workspace workspace(layout, like);
+  T *ridged = workspace.at(ridged_at), *residual = workspace.at(residual_at), *bound = workspace.at(bound_at);
+  T *x = workspace.at(first_at), *next = workspace.at(second_at);
+  launch(start_large<T>, batch, kThreads, 0, like, w, m, eps, ridged, bound, x);
   for (int step = 1; step <= iters; ++step) {
-    Product<T> residual = square_product<T>(data<T>(ridged), x, data<T>(y), m);
-    residual.alpha = -1, residual.diagonal = 2;
-    multiply<T>(residual, batch, like);
-    Product<T> update = square_product<T>(x, data<T>(y), next, m);
-    update.bound = data<T>(bound), update.eps = eps, update.step = step;
-    multiply<T>(update, batch, like);
+    multiply<T>({.a = ridged, .b = x, .out = residual, .m = m, .alpha = -1, .diagonal = 2}, batch, like);
+    multiply<T>({.a = x, .b = residual, .out = next, .m = m, .bound = bound, .eps = eps, .step = step}, batch,
+                like);
     std::swap(x, next);
   }
-  Product<T> residual = square_product<T>(data<T>(ridged), x, data<T>(y), m);
-  residual.alpha = -1, residual.diagonal = 1;
-  multiply<T, double>(residual, batch, like);
-  Product<T> update = square_product<T>(x, data<T>(y), inverse, m);
-  update.plus = x;
-  multiply<T>(update, batch, like);
+  multiply<T, double>({.a = ridged, .b = x, .out = residual, .m = m, .alpha = -1, .diagonal = 1}, batch,
+                      like);
+  multiply<T>({.a = x, .b = residual, .out = inverse, .m = m, .plus = x}, batch, like);
 }
 
 Tensor newton_schulz_inverse(const Tensor& w, int64_t iters, double eps) {

@@ -33,6 +33,7 @@ constexpr int kQuads = 8 * DK;
 // Tokens of a tile, channel quads apart: quads[quad * kTokenStride + token].
 template <typename T, int DK>
 __device__ inline void load_tokens(const Rows& rows, int64_t first, int count, Four<T>* to) {
+#pragma unroll 1
   for (int index = threadIdx.x; index < kTokens<T> * kQuads<DK>; index += kThreads) {
     const int quad = index % kQuads<DK>, token = index / kQuads<DK>;
     Four<T> value = {};
@@ -49,6 +50,7 @@ __device__ inline T& token_channel(Four<T>* tokens, int token, int channel) {
 // Per-landmark rows, as they are: to[row * kQuads + quad]; rows from `end` on are zero.
 template <typename T, int DK>
 __device__ inline void load_landmarks(const Rows& rows, int first, int count, int end, Four<T>* to) {
+#pragma unroll 1
   for (int index = threadIdx.x; index < count * kQuads<DK>; index += kThreads) {
     const int quad = index % kQuads<DK>, row = index / kQuads<DK>;
     Four<T> value = {};
@@ -194,6 +196,7 @@ __device__ inline void sum_over_landmarks(const T* columns, const Four<T>* landm
                                           T (&out)[kOwn<T>][DK]) {
   const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kOwn<T>;
   const T* channels = reinterpret_cast<const T*>(landmarks);
+#pragma unroll 1  // Unrolled loops would take registers that the sums need.
   for (int row = 0; row < rows; ++row) {
     T value[DK];
 #pragma unroll
@@ -282,12 +285,14 @@ __device__ inline void sign_gradients(const T* columns, Four<T>* tokens, const F
 
 template <typename T, int DK>
 __device__ inline void clear_tokens(Four<T>* tokens) {
+#pragma unroll 1
   for (int index = threadIdx.x; index < kQuads<DK> * kTokenStride<T>; index += kThreads) tokens[index] = {};
 }
 
 // A tile's tokens into a tensor, rounding once.
 template <typename T, int DK>
 __device__ inline void store_tokens(Four<T>* tokens, const Rows& rows, int64_t first, int count) {
+#pragma unroll 1
   for (int index = threadIdx.x; index < count * DK * kWarp; index += kThreads) {
     const int channel = index % (DK * kWarp), token = index / (DK * kWarp);
     if (channel < rows.channels)

@@ -93,7 +93,8 @@ extern "C" int chunk_tokens(int64_t batch, int64_t heads, int64_t tokens, int ti
   int64_t at = 0;
   for (int64_t block = 0; block < cut.chunks * cut.heads; block += cut.heads) {{
     const lf::Chunk chunk = cut.of_block(block);
-    if (chunk.head != 0 || chunk.first != at || chunk.tokens != cut.chunk_tokens(chunk.index)) return -1;
+    if (chunk.head != 0 || chunk.first_tile * tile_tokens != at) return -1;
+    if (chunk.tokens != cut.chunk_tokens(chunk.index)) return -1;
     at += lengths[chunk.index] = chunk.tokens;
   }}
   return at == tokens ? cut.chunks : -1;
@@ -161,6 +162,37 @@ def test_the_attentions_own_solver_rounds_like_plain_pytorch_after_every_step(m,
             plain = newton_schulz_inverse(w.float(), iters, eps, backend="reference")
             inverse = attention(tokens, tokens, tokens, landmarks, 4.0, iters, eps, 1e-2)[1]
             assert relative_error(inverse, exact) <= 2 * relative_error(plain, exact) + 1e-6, (spread, iters)
+
+
+@pytest.mark.parametrize(("m", "d"), [(49, 64), (16, 32), (64, 128)])
+def test_launches_allocations_and_attributes_of_a_call(m, d, monkeypatch):
+    emulated.install(monkeypatch)
+    library = ctypes.CDLL(str(emulated.build()))
+    operators = getattr(torch.ops, emulated.LIBRARY)
+    inputs = make_inputs(batch=1, heads=1, n=100, d=d, m=m, dtype=torch.float32)
+
+    def counted(call):
+        launches, attributes = library.lf_emulation_launches(), library.lf_emulation_attribute_calls()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = call()
+        allocations = sum(event.count for event in profile.key_averages() if "aten::empty" in event.key)
+        attributes = library.lf_emulation_attribute_calls() - attributes
+        return result, (library.lf_emulation_launches() - launches, allocations, attributes)
+
+    def forward():
+        return operators.laplacian_attention(*inputs, 4.0, 10, 1e-2, 1e-2)
+
+    forward()
+    (out, *saved), counts = counted(forward)
+    assert counts[0] <= 3
+    assert counts[2] == 0
+    assert 1 <= counts[1] <= 6  # five results, one workspace
+    again = [out, *inputs, *saved, 4.0, 1e-2]
+    operators.laplacian_attention_backward(*again)
+    counts = counted(lambda: operators.laplacian_attention_backward(*again))[1]
+    assert counts[0] <= 6
+    assert counts[2] == 0
+    assert 1 <= counts[1] <= 5  # four gradients, one workspace
 
 
 def assert_rounds_like_the_reference(inputs, weight):
