@@ -88,7 +88,8 @@ def chunk_tokens(tmp_path_factory):
     """A function that lists the tokens of a head's chunks."""
     folder = tmp_path_factory.mktemp("cut")
     (folder / "cut.cpp").write_text(f"""#include "{ROOT / "ops" / "cuda" / "cut.h"}"
-extern "C" int chunk_tokens(int64_t batch, int64_t heads, int64_t tokens, int tile_tokens, int64_t* lengths) {{
+extern "C" int chunk_tokens(
+    int64_t batch, int64_t heads, int64_t tokens, int tile_tokens, int64_t* lengths) {{
   const lf::Cut cut = lf::Cut::of(batch, heads, tokens, tile_tokens);
   int64_t at = 0;
   for (int64_t block = 0; block < cut.chunks * cut.heads; block += cut.heads) {{
