@@ -83,6 +83,18 @@ def test_chunks_of_several_tiles_in_many_heads(dtype, monkeypatch):
     assert_rounds_like_the_reference(inputs, torch.randn_like(inputs[2]))
 
 
+def test_an_images_bits_are_the_same_in_every_batch_of_up_to_16(monkeypatch):
+    emulated.install(monkeypatch)
+    inputs = make_inputs(batch=16, heads=1, n=500, d=4, m=9, dtype=torch.float32)
+    weight = torch.randn_like(inputs[2])
+    with use_backend("native"):
+        many = [laplacian_attention(*inputs), *gradients(laplacian_attention, inputs, weight)]
+        for image in (slice(0, 1), slice(5, 8)):
+            some = [x[image] for x in inputs]
+            few = [laplacian_attention(*some), *gradients(laplacian_attention, some, weight[image])]
+            assert all(torch.equal(x[image], y) for x, y in zip(many, few))
+
+
 @pytest.fixture(scope="module")
 def chunk_tokens(tmp_path_factory):
     """A function that lists the tokens of a head's chunks."""
