@@ -14,7 +14,10 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "../tensor.h"
 
@@ -36,6 +39,51 @@ inline int64_t shared_memory_limit() {
   return bytes;
 }
 
+// Lets a kernel have as much shared memory as the current device gives; asks the runtime once a device.
+inline void allow_shared_memory(const void* kernel, int64_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int64_t> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device));
+  const std::lock_guard lock(mutex);
+  int64_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  const int64_t limit = shared_memory_limit();
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit)));
+  most = limit;
+}
+
+// Memory laid out once for the host, which asks for `bytes`, and for who takes the pieces: shared memory, or
+// what a pass allocates.
+template <typename T>
+struct Piece {
+  int64_t offset;
+  LF_HOST_DEVICE T* in(unsigned char* memory) const { return reinterpret_cast<T*>(memory + offset); }
+};
+
+struct Layout {
+  int64_t bytes = 0;
+
+  template <typename T>
+  LF_HOST_DEVICE constexpr Piece<T> add(int64_t count) {
+    const Piece<T> piece{bytes};
+    bytes += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return piece;
+  }
+};
+
+// The memory of a pass beside its results, in one allocation.
+struct Workspace {
+  Tensor memory;
+
+  Workspace(const Layout& layout, const Tensor& like)
+      : memory(empty({std::max<int64_t>(1, layout.bytes)}, ScalarType::Byte, like)) {}
+  template <typename T>
+  T* at(const Piece<T>& piece) const {
+    return piece.in(data<unsigned char>(memory));
+  }
+};
+
 // On the current device and the current stream of `like`'s device; returns without waiting.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int64_t shared_bytes,
@@ -43,10 +91,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int6
   if (blocks == 0) return;
   STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "lf_dense: a CUDA operator was asked for ", blocks,
                   " blocks; split the batch.");
-  if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)));
-  }
+  if (shared_bytes > 48 * 1024) allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
 #if defined(LF_CUDA_EMULATION)
   (void)like;
   emulation::launch(kernel, dim3(blocks), dim3(threads), shared_bytes, Parameters(arguments)...);

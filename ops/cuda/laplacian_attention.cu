@@ -2,6 +2,7 @@
 // the chunks' sums up, one streams queries; backward the two streams again, with the landmarks' small
 // matrices between them. Kernel columns are recomputed, never stored. docs/operators.md has the floor and the
 // reasons.
+#include "landmarks.cuh"
 #include "laplacian_kernel.cuh"
 #include "matrix.cuh"
 
@@ -19,35 +20,71 @@ struct KeyArguments {
   Cut cut;
   T* partials;
   int64_t partial_size;
-  int64_t solver_blocks;  // heads, or 0 where the solver has launches of its own
+  int solver_blocks;  // heads, or 0 where the solver has launches of its own
   int iters;
   double eps;
   T* inverse;
 };
 
+// Landmarks in fours of channels; an odd number of fours a row keeps shared memory free of bank conflicts.
+struct Points {
+  int stride, count;  // in fours
+
+  LF_HOST_DEVICE constexpr Points(int m, int channels)
+      : stride((channels + 3) / 4 | 1), count((m + 3) / 4 * 4 * stride) {}
+};
+
 // (kappa(L, L) + eps I)^-1 of one head.
-template <typename T>
-__device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, T* memory) {
+template <typename T, int Fixed>
+__device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, unsigned char* memory) {
   const Rows landmarks = Rows::of(a.landmarks, head);
-  const int m = static_cast<int>(a.landmarks.size[2]), side = padded_to_four(m),
-            stride = landmarks.channels + 1;
-  T* points = memory + side * side;
-  for (int index = threadIdx.x; index < m * landmarks.channels; index += kThreads) {
-    const int row = index / landmarks.channels, channel = index % landmarks.channels;
-    points[row * stride + channel] = load<T>(landmarks.at(row, channel), landmarks.dtype);
+  const int m = Fixed ? Fixed : static_cast<int>(a.landmarks.size[2]), side = padded_to_four(m),
+            quads = (landmarks.channels + 3) / 4;
+  const Points points(m, landmarks.channels);
+  const SolverLayout<T> layout(m, a.iters, 4 * points.count);
+  Four<T>* from = reinterpret_cast<Four<T>*>(layout.buffers.in(memory));
+  for (int index = threadIdx.x; index < side * quads; index += kThreads) {
+    const int row = index / quads, quad = index % quads;
+    Four<T> value = {};
+    if (row < m) value = landmarks.four<T>(row, 4 * quad);
+    from[row * points.stride + quad] = value;
   }
   __syncthreads();
-  for (int index = threadIdx.x; index < side * side; index += kThreads) {
-    const int row = index / side, column = index % side;
-    T sum = 0;
-    if (row < m && column < m) {
-      for (int c = 0; c < landmarks.channels; ++c)
-        sum += absolute(points[row * stride + c] - points[column * stride + c]);
+  T* matrix = layout.matrix.in(memory);
+  for_each_tile<true>(side, [&](const PairTile& tile, bool active) {
+    T sum[4][4] = {};
+#pragma unroll 1
+    for (int quad = tile.half; quad < quads; quad += 2) {
+      Four<T> left[4], right[4];
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        left[u] = from[tile.row_of(u) * points.stride + quad];
+        right[u] = from[(tile.column + u) * points.stride + quad];
+      }
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+#pragma unroll
+          for (int u = 0; u < 4; ++u) sum[r][c] += absolute(left[r].at[u] - right[c].at[u]);
+        }
+      }
     }
-    memory[index] = row < m && column < m ? exponential(sum * (-1 / a.scale)) : T{0};
-  }
+    add_pair(sum);
+    if (!active) return;
+    Four<T> rows[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const bool real = tile.row_of(u) < m && tile.column + c < m;
+        rows[u].at[c] = real ? exponential(sum[u][c] * (-1 / a.scale)) : T{0};
+      }
+    }
+    put_tile<true>(tile, rows, side, matrix);
+  });
   __syncthreads();
-  invert_shared<T>(memory, m, a.iters, a.eps, a.inverse + head * m * m);
+  invert_shared<T, true, Fixed>(memory, layout, m, a.iters, a.eps, a.inverse + head * m * m);
 }
 
 template <typename T, int DK>
@@ -71,24 +108,33 @@ static_assert(kTwoBlocksFit<KeyMemory<float, 2>>);
 template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(const KeyArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  if (blockIdx.x < a.solver_blocks) {
-    solve_head<T>(a, blockIdx.x, reinterpret_cast<T*>(memory));
+  // A solver is every other block until all heads have theirs: of few heads they start at once, and many do
+  // not keep the stream waiting.
+  const int block = static_cast<int>(blockIdx.x), solvers_before = min(a.solver_blocks, (block + 1) / 2);
+  if (block % 2 == 0 && block / 2 < a.solver_blocks) {
+    const bool usual = a.landmarks.size[2] == kUsualLandmarks;
+    usual ? solve_head<T, kUsualLandmarks>(a, block / 2, memory) : solve_head<T, 0>(a, block / 2, memory);
     return;
   }
-  const KeyMemory<T, DK> shared(Layout{memory}, a.groups_per_round, a.rounds > 1);
-  const unsigned item = blockIdx.x - static_cast<unsigned>(a.solver_blocks),
-                 chunks = static_cast<unsigned>(a.cut.chunks), chunk = item % chunks;
-  const Head block_head(a.k, item / chunks);
+  const int item = block - solvers_before;
+  const Chunk chunk = a.cut.of_block(item);
+  const KeyMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
+  const Head block_head(a.k, chunk.head);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
-  T* sums = a.partials + item * a.partial_size;
-  T* mass = sums + static_cast<int64_t>(m) * channels;
+  const auto partial_sums = [&] { return a.partials + a.cut.of_block(again(item)).index * a.partial_size; };
   Four<T> shift = {};  // of the thread's quad
   Four<T> sum[kGroup] = {};
   T kernel_sum[kGroup] = {};
-  for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
-    const auto [first, count] = a.cut.template span<T>(chunk, tile);
-    if (count == 0) break;
+  // Of the only round into the partial sums, or a round's and a tile's added to them.
+  const auto write = [&](const Group& group, bool set) {
+    T* sums = partial_sums();
+    add_rows<T, DK>(sum, group, channels, set, sums);
+    add_numbers<T>(sums_by_landmark<T>(kernel_sum), group, set, sums + static_cast<int64_t>(m) * channels);
+  };
+  for (int tile = 0;; ++tile) {
+    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
+    if (count <= 0) break;
     const Head head = block_head.again();
     __syncthreads();
     load_tokens<T, DK>(RowsOf<S, DK>::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
@@ -122,19 +168,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
       sum_over_tokens<T, DK>(own, shared.values, sum);
       __syncwarp();
       if (a.rounds > 1) {
-        add_rows<T, DK>(sum, group, channels, tile == 0, sums);
-        add_numbers<T>(sums_by_landmark<T>(kernel_sum), group, tile == 0, mass);
+        write(group, tile == 0);
         clear(sum), clear(kernel_sum);
       }
     }
   }
-  if (a.rounds == 1) {
-    const Group group(0, a.groups_per_round, m);
-    add_rows<T, DK>(sum, group, channels, true, sums);
-    add_numbers<T>(sums_by_landmark<T>(kernel_sum), group, true, mass);
-  }
-  if (threadIdx.x < kQuads<DK>) put_quad<T>(shift, threadIdx.x, channels, mass + m);
-  put_sum<T, DK>(shared.deviation, channels, mass + m + channels);
+  if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
+  T* shift_sums = partial_sums() + static_cast<int64_t>(m) * channels + m;
+  if (threadIdx.x < kQuads<DK>) put_quad<T>(shift, threadIdx.x, channels, shift_sums);
+  put_sum<T, DK>(shared.deviation, channels, shift_sums + channels);
 }
 
 constexpr int kFinishThreads = 512;
@@ -147,7 +189,6 @@ struct FinishArguments {
   const T *partials, *inverse;
   int64_t partial_size;
   Cut cut;
-  int tiles_tokens;  // tokens of a tile
   int m, channels;
   T *sums, *mass, *mean_value;     // saved for the backward pass
   T *pooled_values, *pooled_mass;  // U and t
@@ -170,8 +211,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
   if (!for_mass) {
     for (int c = 0; c < 4; ++c) wide[4 * threadIdx.x + c] = 0;
     for (int64_t chunk = threadIdx.x; chunk < a.cut.chunks; chunk += kFinishThreads) {
-      const int64_t length = static_cast<int64_t>(a.cut.tiles_per_chunk) * a.tiles_tokens;
-      const double tokens = static_cast<double>(min(length, n - chunk * length));
+      const double tokens = static_cast<double>(a.cut.chunk_tokens(chunk));
       const T* from = partials + chunk * a.partial_size + channel;
       for (int c = 0; c < width; ++c)
         wide[4 * threadIdx.x + c] += tokens * from[shift_at + c] + from[deviation_at + c];
@@ -220,17 +260,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
     }
   }
   __syncthreads();
-  for (int index = threadIdx.x; index < a.m * width; index += kFinishThreads) {
-    const int row = index / width, c = index % width;
-    const T* inverse = a.inverse + (head * a.m + row) * a.m;
-    T sum = 0;
-    for (int j = 0; j < a.m; ++j) sum += inverse[j] * result[4 * j + c];
-    if (for_mass) {
-      a.pooled_mass[head * a.m + row] = sum;
-    } else {
-      a.pooled_values[(head * a.m + row) * a.channels + channel + c] = sum;
-    }
-  }
+  T* out = for_mass ? a.pooled_mass + head * a.m : a.pooled_values + head * a.m * a.channels + channel;
+  times_inverse<T>(a.inverse + head * a.m * a.m, false, a.m, result, width, out, for_mass ? 1 : a.channels);
 }
 
 // Forward, queries.
@@ -271,15 +302,15 @@ template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
     stream_queries(const QueryArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  const QueryMemory<T, DK> shared(Layout{memory}, a.groups_per_round, a.rounds > 1);
+  const QueryMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const unsigned chunks = static_cast<unsigned>(a.cut.chunks), chunk = blockIdx.x % chunks;
-  const Head block_head(a.q, blockIdx.x / chunks);
+  const Chunk chunk = a.cut.of_block(blockIdx.x);
+  const Head block_head(a.q, chunk.head);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
-  for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
-    const auto [first, count] = a.cut.template span<T>(chunk, tile);
-    if (count == 0) break;
+  for (int tile = 0;; ++tile) {
+    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
+    if (count <= 0) break;
     const Head head = block_head.again();
     __syncthreads();
     load_tokens<T, DK>(RowsOf<S, DK>::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
@@ -375,10 +406,10 @@ template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     query_gradients(const QueryGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  const QueryGradientMemory<T, DK> shared(Layout{memory}, a.groups_per_round, a.rounds > 1);
+  const QueryGradientMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const unsigned chunks = static_cast<unsigned>(a.cut.chunks), chunk = blockIdx.x % chunks;
-  const Head block_head(a.q, blockIdx.x / chunks);
+  const Chunk chunk = a.cut.of_block(blockIdx.x);
+  const Head block_head(a.q, chunk.head);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
   Vector<T, DK> value_sum[kGroup] = {};
@@ -386,7 +417,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
   LandmarkGradients<T, DK> gradients;
   // Of the only round into the partial sums, or a round's and a tile's added to them.
   const auto write = [&](const Group& group, bool set) {
-    T* dvalues = a.partials + blockIdx.x * a.partial_size;
+    T* dvalues = a.partials + chunk.index * a.partial_size;
     T* dlandmarks = dvalues + static_cast<int64_t>(m) * channels;
     Vector<T, DK> sums[kGroup];
     gradients.finish(sums);
@@ -394,9 +425,9 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     add_rows<T, DK>(sums, group, channels, set, dlandmarks);
     add_numbers<T>(mass_sum, group, set, dlandmarks + static_cast<int64_t>(m) * channels);
   };
-  for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
-    const auto [first, count] = a.cut.template span<T>(chunk, tile);
-    if (count == 0) break;
+  for (int tile = 0;; ++tile) {
+    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
+    if (count <= 0) break;
     const Head head = block_head.again();
     __syncthreads();
     load_tokens<T, DK>(RowsOf<S, DK>::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
@@ -501,12 +532,12 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
         gradients = {}, clear(value_sum), mass_sum = 0;
       }
     }
-    const QueryGradientMemory<T, DK> same(Layout{memory}, again(a.groups_per_round), a.rounds > 1);
+    const QueryGradientMemory<T, DK> same(SharedMemory{memory}, again(a.groups_per_round), a.rounds > 1);
     store_tokens<T, DK>(same.dqueries, RowsOf<S, DK>::of(a.dq, head).from(first), count);
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
   put_sum<T, DK>(shared.grad_sum, channels,
-                 a.partials + blockIdx.x * a.partial_size + 2 * static_cast<int64_t>(m) * channels + m);
+                 a.partials + chunk.index * a.partial_size + 2 * static_cast<int64_t>(m) * channels + m);
 }
 
 // Backward, keys and values. A chunk's partial sums: the landmarks' gradient (m, channels).
@@ -521,11 +552,20 @@ struct KeyGradientArguments {
   const T* totals;             // the query pass's sums, the upstream gradient's from `grad_sum_at`
   int64_t total_size, grad_sum_at;
   T* partials;
+  LandmarkGradient<T> through_inverse;  // in the blocks behind the stream's
+  unsigned stream_blocks;
   T share, weight_share;  // 1 / N and 2 / (N scale)
+};
+
+// A block's share of the tokens. In shared memory it is read again for each tile, and takes no registers.
+struct Work {
+  Chunk chunk;
+  Head head;
 };
 
 template <typename T, int DK>
 struct KeyGradientMemory {
+  Work* work;
   Four<T>*keys, *values, *dkeys, *dvalues, *landmarks, *dsums;
   T *columns, *totals, *mass, *dmass;
   int64_t bytes;
@@ -534,6 +574,7 @@ struct KeyGradientMemory {
   // the values stay in registers.
   template <typename L>
   __host__ __device__ constexpr KeyGradientMemory(L layout, int groups, bool several_rounds) {
+    work = layout.template take<Work>(1);
     keys = layout.template tokens<T, DK>(), values = layout.template tokens<T, DK>();
     columns = layout.template columns<T>(groups), totals = layout.template totals<T>(groups);
     mass = layout.template take<T>(groups * kGroup), dmass = layout.template take<T>(groups * kGroup);
@@ -549,9 +590,16 @@ template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     key_gradients(const KeyGradientArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  const KeyGradientMemory<T, DK> shared(Layout{memory}, a.groups_per_round, a.rounds > 1);
-  const unsigned chunks = static_cast<unsigned>(a.cut.chunks), chunk = blockIdx.x % chunks;
-  const Head block_head(a.k, blockIdx.x / chunks);
+  if (blockIdx.x >= a.stream_blocks) [[unlikely]] {
+    landmark_gradient<T, DK>(a.through_inverse, blockIdx.x - a.stream_blocks, memory);
+    return;
+  }
+  const KeyGradientMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
+  if (threadIdx.x == 0) {
+    const Chunk chunk = a.cut.of_block(blockIdx.x);
+    *shared.work = {chunk, Head(a.k, chunk.head)};
+  }
+  __syncthreads();
   const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
   LandmarkGradients<T, DK> gradients;
@@ -559,12 +607,12 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
   const auto write = [&](const Group& group, bool set) {
     Vector<T, DK> sums[kGroup];
     gradients.finish(sums);
-    add_rows<T, DK>(sums, group, channels, set, a.partials + blockIdx.x * static_cast<int64_t>(m) * channels);
+    add_rows<T, DK>(sums, group, channels, set, a.partials + shared.work->chunk.index * m * channels);
   };
-  for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
-    const auto [first, count] = a.cut.template span<T>(chunk, tile);
-    if (count == 0) break;
-    const Head head = block_head.again();
+  for (int tile = 0;; ++tile) {
+    const auto [first, count] = shared.work->chunk.template tile<kTokens<T>>(tile);
+    if (count <= 0) break;
+    const Head head = shared.work->head;
     __syncthreads();
     load_tokens<T, DK>(RowsOf<S, DK>::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
     {
@@ -645,44 +693,37 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
         gradients = {};
       }
     }
-    const KeyGradientMemory<T, DK> same(Layout{memory}, again(a.groups_per_round), a.rounds > 1);
+    const KeyGradientMemory<T, DK> same(SharedMemory{memory}, again(a.groups_per_round), a.rounds > 1);
     store_tokens<T, DK>(same.dkeys, RowsOf<S, DK>::of(a.dk, head).from(first), count);
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
-}
-
-// U = A P and t = A p from what the forward pass saved.
-template <typename T>
-void pool(const T* inverse, const T* sums, const T* mass, int64_t heads, int64_t m, int64_t channels,
-          T* values, T* pooled_mass, const Tensor& like) {
-  Product<T> product{inverse, sums,         values,   m, channels,     m,       m * m, m,
-                     1,       m * channels, channels, 1, m * channels, channels};
-  multiply<T>(product, heads, like);
-  Product<T> column{inverse, mass, pooled_mass, m, 1, m, m * m, m, 1, m, 1, 1, m, 1};
-  multiply<T>(column, heads, like);
 }
 
 template <typename T, int DK>
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks, double scale,
              int64_t iters, double eps, double tau, const AttentionResults& results) {
   const int64_t heads = q.size(0) * q.size(1), channels = q.size(3), m = landmarks.size(2);
-  const ScalarType type = compute_type(q);
-  const Cut cut = Cut::of<T>(q.size(2));
+  const Cut cut = cut_of<T>(q);
 
   KeyArguments<T> keys{view(k), view(v), view(landmarks), static_cast<T>(scale), 0, 0, cut};
   keys.partial_size = m * channels + m + 2 * channels;
-  Tensor partials = empty({heads, cut.chunks, keys.partial_size}, type, q);
-  keys.partials = data<T>(partials);
+  Layout layout;
+  const auto partials_at = layout.add<T>(heads * cut.chunks * keys.partial_size),
+             pooled_values_at = layout.add<T>(heads * m * channels),
+             pooled_mass_at = layout.add<T>(heads * m);
+  const Workspace workspace(layout, q);
+  keys.partials = workspace.at(partials_at);
+  T *pooled_values = workspace.at(pooled_values_at), *pooled_mass = workspace.at(pooled_mass_at);
   const int64_t stream_bytes = plan_rounds<KeyMemory<T, DK>>(m, keys);
-  const int64_t side = padded_to_four(static_cast<int>(m));
-  const int64_t solve_bytes = std::max<int64_t>(solver_bytes<T>(m, static_cast<int>(iters)),
-                                                (side * side + m * (channels + 1)) * sizeof(T));
+  const Points points(static_cast<int>(m), static_cast<int>(channels));
+  const int64_t solve_bytes =
+      SolverLayout<T>(static_cast<int>(m), static_cast<int>(iters), 4 * points.count).layout.bytes;
   keys.iters = static_cast<int>(iters), keys.eps = eps, keys.inverse = data<T>(results.inverse);
   // Beside the stream where its blocks' shared memory has room; a solver that needs more would cost the
   // stream its occupancy.
-  keys.solver_blocks = solve_bytes <= stream_bytes ? heads : 0;
+  keys.solver_blocks = solve_bytes <= stream_bytes ? static_cast<int>(heads) : 0;
   if (keys.solver_blocks == 0) {
-    Tensor gram = empty({q.size(0), q.size(1), m, m}, type, q);
+    Tensor gram = empty({q.size(0), q.size(1), m, m}, compute_type(q), q);
     kernel_matrix(landmarks, landmarks, scale, gram);
     invert<T>(data<T>(gram), heads, m, iters, eps, data<T>(results.inverse), q);
   }
@@ -690,33 +731,23 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
     launch(stream_keys<T, DK, S>, keys.solver_blocks + heads * cut.chunks, kThreads, stream_bytes, q, keys);
   });
 
-  Tensor pooled_values = empty({heads, m, channels}, type, q), pooled_mass = empty({heads, m}, type, q);
-  const FinishArguments<T> finish{data<T>(partials),
+  const FinishArguments<T> finish{keys.partials,
                                   data<T>(results.inverse),
                                   keys.partial_size,
                                   cut,
-                                  kTokens<T>,
                                   static_cast<int>(m),
                                   static_cast<int>(channels),
                                   data<T>(results.sums),
                                   data<T>(results.mass),
                                   data<T>(results.mean_value),
-                                  data<T>(pooled_values),
-                                  data<T>(pooled_mass)};
+                                  pooled_values,
+                                  pooled_mass};
   const int64_t finish_bytes = 4 * kFinishThreads * (sizeof(double) + sizeof(T)) + 4 * m * sizeof(T);
   launch(finish_keys<T>, heads * ((channels + 3) / 4 + 1), kFinishThreads, finish_bytes, q, finish);
 
-  QueryArguments<T> queries{view(q),
-                            view(landmarks),
-                            view(results.out),
-                            static_cast<T>(scale),
-                            static_cast<T>(tau),
-                            0,
-                            0,
-                            cut,
-                            data<T>(pooled_values),
-                            data<T>(pooled_mass),
-                            data<T>(results.mean_value)};
+  QueryArguments<T> queries{
+      view(q), view(landmarks), view(results.out), static_cast<T>(scale),      static_cast<T>(tau), 0, 0,
+      cut,     pooled_values,   pooled_mass,       data<T>(results.mean_value)};
   const int64_t query_bytes = plan_rounds<QueryMemory<T, DK>>(m, queries);
   with_elements<T, DK>({queries.q, queries.landmarks, queries.out}, [&]<typename S>() {
     launch(stream_queries<T, DK, S>, heads * cut.chunks, kThreads, query_bytes, q, queries);
@@ -728,98 +759,85 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
               const Tensor& inverse, const Tensor& sums, const Tensor& mass, const Tensor& mean_value,
               double scale, double tau, const Tensor& dq, const Tensor& dk, const Tensor& dv,
               const Tensor& dlandmarks) {
-  const int64_t batch = q.size(0), heads = batch * q.size(1), channels = q.size(3), m = landmarks.size(2),
-                size = m * channels;
-  const ScalarType type = compute_type(q);
-  const Cut cut = Cut::of<T>(q.size(2));
-  Tensor pooled_values = empty({heads, m, channels}, type, q), pooled_mass = empty({heads, m}, type, q);
-  pool<T>(data<T>(inverse), data<T>(sums), data<T>(mass), heads, m, channels, data<T>(pooled_values),
-          data<T>(pooled_mass), q);
+  const int64_t heads = q.size(0) * q.size(1), channels = q.size(3), m = landmarks.size(2),
+                size = m * channels, total_size = 2 * size + m + channels;
+  const Cut cut = cut_of<T>(q);
+  Layout layout;
+  // The key pass writes its partial sums where the query pass's were.
+  const auto partials_at = layout.add<T>(heads * cut.chunks * total_size),
+             totals_at = layout.add<T>(heads * total_size), pooled_values_at = layout.add<T>(heads * size),
+             dsums_at = layout.add<T>(heads * size), share_at = layout.add<T>(heads * size),
+             pooled_mass_at = layout.add<T>(heads * m), dmass_at = layout.add<T>(heads * m);
+  const Workspace workspace(layout, q);
+  T *partials = workspace.at(partials_at), *totals = workspace.at(totals_at);
+  T *pooled_values = workspace.at(pooled_values_at), *pooled_mass = workspace.at(pooled_mass_at),
+    *dsums = workspace.at(dsums_at), *dmass = workspace.at(dmass_at);
 
-  const int64_t total_size = 2 * size + m + channels;
-  Tensor partials = empty({heads, cut.chunks, total_size}, type, q),
-         totals = empty({heads, total_size}, type, q);
+  // U = A P and t = A p again, and after the query pass dP = A^T dU and dp = A^T dt.
+  InverseProduct<T> product{.inverse = data<T>(inverse),
+                            .transposed = false,
+                            .m = static_cast<int>(m),
+                            .channels = static_cast<int>(channels),
+                            .matrix = data<T>(sums),
+                            .column = data<T>(mass),
+                            .matrix_stride = size,
+                            .column_stride = m,
+                            .matrix_out = pooled_values,
+                            .column_out = pooled_mass};
+  launch_product(product, heads, q);
+
   {
     QueryGradientArguments<T> a{view(grad),         view(q), view(landmarks), view(dq), static_cast<T>(scale),
                                 static_cast<T>(tau)};
     const int64_t bytes = plan_rounds<QueryGradientMemory<T, DK>>(m, a);
-    a.cut = cut, a.pooled_values = data<T>(pooled_values), a.pooled_mass = data<T>(pooled_mass);
-    a.partials = data<T>(partials), a.partial_size = total_size;
+    a.cut = cut, a.pooled_values = pooled_values, a.pooled_mass = pooled_mass;
+    a.partials = partials, a.partial_size = total_size;
     with_elements<T, DK>({a.q, a.grad, a.landmarks, a.dq}, [&]<typename S>() {
       launch(query_gradients<T, DK, S>, heads * cut.chunks, kThreads, bytes, q, a);
     });
   }
-  reduce<T>(
-      {data<T>(partials), heads, cut.chunks, total_size, total_size, nullptr, nullptr, data<T>(totals), {}},
-      q);
-  const T *dvalues = data<T>(totals), *query_dlandmarks = dvalues + size,
-          *dpooled_mass = query_dlandmarks + size;
-
-  // dP = A^T dU, dp = A^T dt, dA = dU P^T + dt p^T, dW = -A^T dA A^T.
-  Tensor dsums = empty({heads, m, channels}, type, q), dmass = empty({heads, m}, type, q);
-  const T* a = data<T>(inverse);
-  Product<T> product{a, dvalues, data<T>(dsums), m,        channels, m,    m * m,
-                     1, m,       total_size,     channels, 1,        size, channels};
-  multiply<T>(product, heads, q);
-  Product<T> column{a, dpooled_mass, data<T>(dmass), m, 1, m, m * m, 1, m, total_size, 1, 1, m, 1};
-  multiply<T>(column, heads, q);
-  Tensor dinverse = empty({heads, m, m}, type, q), half = empty({heads, m, m}, type, q);
-  Tensor dgram = empty({batch, q.size(1), m, m}, type, q);
-  Product<T> outer{dvalues,
-                   data<T>(sums),
-                   data<T>(dinverse),
-                   m,
-                   m,
-                   channels,
-                   total_size,
-                   channels,
-                   1,
-                   size,
-                   1,
-                   channels,
-                   m * m,
-                   m};
-  outer.u = dpooled_mass, outer.u_batch = total_size, outer.u_stride = 1;
-  outer.v = data<T>(mass), outer.v_batch = m, outer.v_stride = 1;
-  multiply<T>(outer, heads, q);
-  Product<T> left{a, data<T>(dinverse), data<T>(half), m, m, m, m * m, 1, m, m * m, m, 1, m * m, m};
-  multiply<T>(left, heads, q);
-  Product<T> right{data<T>(half), a, data<T>(dgram), m, m, m, m * m, m, 1, m * m, 1, m, m * m, m};
-  right.alpha = -1;
-  multiply<T>(right, heads, q);
-  Tensor as_rows = empty({batch, q.size(1), m, channels}, type, q),
-         as_columns = empty({batch, q.size(1), m, channels}, type, q);
-  kernel_gradients(dgram, landmarks, landmarks, scale, as_rows, as_columns);
-
-  Tensor key_partials = empty({heads, cut.chunks, m, channels}, type, q),
-         landmark_total = empty({heads, m, channels}, type, q);
+  reduce<T>({.partials = partials,
+             .heads = heads,
+             .chunks = cut.chunks,
+             .stride = total_size,
+             .size = total_size,
+             .sums = totals},
+            q);
+  const T *dvalues = totals, *query_dlandmarks = dvalues + size, *dpooled_mass = query_dlandmarks + size;
+  product.transposed = true;
+  product.matrix = dvalues, product.column = dpooled_mass;
+  product.matrix_stride = product.column_stride = total_size;
+  product.matrix_out = dsums, product.column_out = dmass;
+  launch_product(product, heads, q);
   {
     KeyGradientArguments<T> keys{view(k),  view(v),  view(landmarks),
                                  view(dk), view(dv), static_cast<T>(scale)};
-    const int64_t bytes = plan_rounds<KeyGradientMemory<T, DK>>(m, keys);
-    keys.cut = cut, keys.dsums = data<T>(dsums), keys.dmass = data<T>(dmass), keys.mass = data<T>(mass),
+    const int64_t stream_bytes = plan_rounds<KeyGradientMemory<T, DK>>(m, keys);
+    keys.cut = cut, keys.dsums = dsums, keys.dmass = dmass, keys.mass = data<T>(mass),
     keys.mean_value = data<T>(mean_value);
-    keys.totals = data<T>(totals), keys.total_size = total_size, keys.grad_sum_at = 2 * size + m;
-    keys.partials = data<T>(key_partials);
+    keys.totals = totals, keys.total_size = total_size, keys.grad_sum_at = 2 * size + m;
+    keys.partials = partials;
     keys.share = static_cast<T>(1.0 / cut.tokens),
     keys.weight_share = static_cast<T>(2 / (cut.tokens * scale));
+    keys.stream_blocks = static_cast<unsigned>(heads * cut.chunks);
+    keys.through_inverse = {view(landmarks), static_cast<T>(scale), dsums, dmass, pooled_values,
+                            pooled_mass,     workspace.at(share_at)};
+    const int64_t blocks = heads * (cut.chunks + LandmarkGradient<T>::blocks_a_head(m));
+    const int64_t bytes = std::max<int64_t>(stream_bytes, LandmarkGradientLayout<T, DK>().layout.bytes);
     with_elements<T, DK>({keys.k, keys.v, keys.landmarks, keys.dk, keys.dv}, [&]<typename S>() {
-      launch(key_gradients<T, DK, S>, heads * cut.chunks, kThreads, bytes, q, keys);
+      launch(key_gradients<T, DK, S>, blocks, kThreads, bytes, q, keys);
     });
   }
-  reduce<T>({data<T>(key_partials),
-             heads,
-             cut.chunks,
-             size,
-             size,
-             data<T>(as_rows),
-             data<T>(as_columns),
-             data<T>(landmark_total),
-             {}},
-            q);
-  // The query pass's share lies inside its totals: one chunk of its own.
-  reduce<T>({query_dlandmarks, heads, 1, total_size, size, data<T>(landmark_total), nullptr, nullptr,
-             view(dlandmarks)},
+  reduce<T>({.partials = partials,
+             .heads = heads,
+             .chunks = cut.chunks,
+             .stride = size,
+             .size = size,
+             .more = workspace.at(share_at),
+             .and_more = query_dlandmarks,
+             .more_stride = size,
+             .and_more_stride = total_size,
+             .out = view(dlandmarks)},
             q);
 }
 

@@ -61,14 +61,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(con
   T* columns = reinterpret_cast<T*>(landmarks + a.groups_per_round * kGroup * kQuads<DK>);
   T* totals = columns + a.groups_per_round * kGroup * kColumnStride<T>;
   const int lane = threadIdx.x % kWarp;
-  const int64_t head = blockIdx.x / a.cut.chunks, chunk = blockIdx.x % a.cut.chunks;
+  const Chunk chunk = a.cut.of_block(blockIdx.x);
+  const int64_t head = chunk.head;
   const Rows grad = Rows::of(a.grad, head), x = Rows::of(a.x, head), y = Rows::of(a.y, head),
              dx = Rows::of(a.dx, head);
   const int m = static_cast<int>(a.y.size[2]), per_round = a.groups_per_round * kGroup;
-  T* partial = a.partials + blockIdx.x * static_cast<int64_t>(m) * x.channels;
-  for (int tile = 0; tile < a.cut.tiles_per_chunk; ++tile) {
-    const auto [first, count] = a.cut.template span<T>(chunk, tile);
-    if (count == 0) break;
+  T* partial = a.partials + chunk.index * m * x.channels;
+  for (int tile = 0;; ++tile) {
+    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
+    if (count <= 0) break;
     __syncthreads();
     load_tokens<T, DK>(x.from(first), count, -kFar<T>, tokens);
     for (int round = 0; round < a.rounds; ++round) {
@@ -130,8 +131,8 @@ __global__ void __launch_bounds__(kThreads) reduce_partials(const Reduction<T> a
   if (slice > 0 || index >= a.size) return;
 #pragma unroll
   for (int s = 1; s < kSlices; ++s) sum += parts[s][lane];
-  if (a.more) sum += a.more[head * a.size + index];
-  if (a.and_more) sum += a.and_more[head * a.size + index];
+  if (a.more) sum += a.more[head * a.more_stride + index];
+  if (a.and_more) sum += a.and_more[head * a.and_more_stride + index];
   if (a.sums) {
     a.sums[head * a.size + index] = sum;
   } else {
@@ -212,7 +213,7 @@ void kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& y, doub
                       const Tensor& dy) {
   with_tiling(x, [&]<typename T, int DK>() {
     const int64_t heads = x.size(0) * x.size(1), m = y.size(2), channels = x.size(3);
-    const Cut cut = Cut::of<T>(x.size(2));
+    const Cut cut = cut_of<T>(x);
     Tensor partials = empty({heads, cut.chunks, m, channels}, compute_type(x), x);
     BackwardArguments<T> a{view(grad), view(x), view(y), view(dx),         static_cast<T>(scale),
                            0,          0,       cut,     data<T>(partials)};
@@ -221,8 +222,12 @@ void kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& y, doub
     a.groups_per_round = groups_that_fit(m, fixed, per_group);
     a.rounds = rounds_of(m, a.groups_per_round);
     launch(backward<T, DK>, heads * cut.chunks, kThreads, fixed + a.groups_per_round * per_group, x, a);
-    reduce<T>({data<T>(partials), heads, cut.chunks, m * channels, m * channels, nullptr, nullptr, nullptr,
-               view(dy)},
+    reduce<T>({.partials = data<T>(partials),
+               .heads = heads,
+               .chunks = cut.chunks,
+               .stride = m * channels,
+               .size = m * channels,
+               .out = view(dy)},
               x);
   });
 }

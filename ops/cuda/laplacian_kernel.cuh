@@ -18,9 +18,10 @@ template <typename T>
 struct Reduction {
   const T* partials;
   int64_t heads, chunks, stride, size;
-  const T *more, *and_more;  // (heads, size), or null
-  T* sums;                   // (heads, size), or null for `out`
-  View out;                  // whose rows x channels are `size`
+  const T *more = nullptr, *and_more = nullptr;  // (heads, size), heads this far apart
+  int64_t more_stride = 0, and_more_stride = 0;
+  T* sums = nullptr;  // (heads, size), or null for `out`
+  View out = {};      // whose rows x channels are `size`
 };
 
 template <typename T>

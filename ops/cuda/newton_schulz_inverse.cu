@@ -7,15 +7,20 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     invert_small(const T* w, int m, int iters, double eps, T* inverse) {
   LF_SHARED_MEMORY(memory);
-  T* packed = reinterpret_cast<T*>(memory);
-  const int side = padded_to_four(m);
+  const SolverLayout<T> layout(m, iters);
+  const int side = layout.side;
+  T* packed = layout.matrix.in(memory);
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * m * m;
   for (int index = threadIdx.x; index < side * side; index += kThreads) {
     const int row = index / side, column = index % side;
     packed[index] = row < m && column < m ? w[offset + row * m + column] : T{0};
   }
   __syncthreads();
-  invert_shared<T>(packed, m, iters, eps, inverse + offset);
+  if (m == kUsualLandmarks) {
+    invert_shared<T, false, kUsualLandmarks>(memory, layout, m, iters, eps, inverse + offset);
+  } else {
+    invert_shared<T, false, 0>(memory, layout, m, iters, eps, inverse + offset);
+  }
 }
 
 // One block a matrix: w + eps I, its largest row sum, and the start of the iteration.
@@ -46,27 +51,23 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 void invert_large(const T* w, int64_t batch, int64_t m, int64_t iters, double eps, T* inverse,
                   const Tensor& like) {
-  const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  Tensor ridged = empty({batch, m, m}, type, like), y = empty({batch, m, m}, type, like),
-         first = empty({batch, m, m}, type, like);
-  Tensor second = empty({batch, m, m}, type, like), bound = empty({batch}, type, like);
-  T *x = data<T>(first), *next = data<T>(second);
-  launch(start_large<T>, batch, kThreads, 0, like, w, m, eps, data<T>(ridged), data<T>(bound), x);
+  Layout layout;
+  const auto ridged_at = layout.add<T>(batch * m * m), residual_at = layout.add<T>(batch * m * m),
+             first_at = layout.add<T>(batch * m * m), second_at = layout.add<T>(batch * m * m),
+             bound_at = layout.add<T>(batch);
+  const Workspace workspace(layout, like);
+  T *ridged = workspace.at(ridged_at), *residual = workspace.at(residual_at), *bound = workspace.at(bound_at);
+  T *x = workspace.at(first_at), *next = workspace.at(second_at);
+  launch(start_large<T>, batch, kThreads, 0, like, w, m, eps, ridged, bound, x);
   for (int step = 1; step <= iters; ++step) {
-    Product<T> residual = square_product<T>(data<T>(ridged), x, data<T>(y), m);
-    residual.alpha = -1, residual.diagonal = 2;
-    multiply<T>(residual, batch, like);
-    Product<T> update = square_product<T>(x, data<T>(y), next, m);
-    update.bound = data<T>(bound), update.eps = eps, update.step = step;
-    multiply<T>(update, batch, like);
+    multiply<T>({.a = ridged, .b = x, .out = residual, .m = m, .alpha = -1, .diagonal = 2}, batch, like);
+    multiply<T>({.a = x, .b = residual, .out = next, .m = m, .bound = bound, .eps = eps, .step = step}, batch,
+                like);
     std::swap(x, next);
   }
-  Product<T> residual = square_product<T>(data<T>(ridged), x, data<T>(y), m);
-  residual.alpha = -1, residual.diagonal = 1;
-  multiply<T, double>(residual, batch, like);
-  Product<T> update = square_product<T>(x, data<T>(y), inverse, m);
-  update.plus = x;
-  multiply<T>(update, batch, like);
+  multiply<T, double>({.a = ridged, .b = x, .out = residual, .m = m, .alpha = -1, .diagonal = 1}, batch,
+                      like);
+  multiply<T>({.a = x, .b = residual, .out = inverse, .m = m, .plus = x}, batch, like);
 }
 
 Tensor newton_schulz_inverse(const Tensor& w, int64_t iters, double eps) {
@@ -83,7 +84,7 @@ Tensor newton_schulz_inverse(const Tensor& w, int64_t iters, double eps) {
 
 template <typename T>
 void invert(const T* w, int64_t batch, int64_t m, int64_t iters, double eps, T* inverse, const Tensor& like) {
-  const int64_t bytes = solver_bytes<T>(m, static_cast<int>(iters));
+  const int64_t bytes = SolverLayout<T>(static_cast<int>(m), static_cast<int>(iters)).layout.bytes;
   if (bytes <= shared_memory_limit()) {
     launch(invert_small<T>, batch, kThreads, bytes, like, w, m, iters, eps, inverse);
   } else {

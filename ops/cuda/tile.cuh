@@ -7,6 +7,8 @@
 
 #include "device.cuh"
 
+#include "cut.h"
+
 namespace lf {
 
 constexpr int kGroup = 7;  // 7 x 7 = 49 landmarks, the default, fill 7 warps without a remainder
@@ -618,32 +620,11 @@ __device__ inline void add_numbers(T sum, const Group& group, bool set, T* parti
   if (lane % 4 == 0 && lane / 4 < group.count) add_to(partial + group.first + lane / 4, set, sum);
 }
 
-struct Span {
-  int64_t first;
-  int count;
-};
-
-// How tokens are cut up: by their number alone, so that the bits do not depend on the batch or the device.
-struct Cut {
-  int64_t tokens;
-  int tiles_per_chunk;
-  int64_t chunks;
-
-  // The first token of a chunk's tile and how many there are, none beyond the last.
-  template <typename T>
-  __device__ Span span(int64_t chunk, int tile) const {
-    const int64_t first = (chunk * tiles_per_chunk + tile) * kTokens<T>;
-    return {first, static_cast<int>(max(int64_t{0}, min(static_cast<int64_t>(kTokens<T>), tokens - first)))};
-  }
-
-  template <typename T>
-  static Cut of(int64_t tokens) {
-    const int64_t tiles = (tokens + kTokens<T> - 1) / kTokens<T>;
-    // At most 512 chunks a head: enough for every multiprocessor, few enough that their sums stay small.
-    const int64_t per_chunk = std::max<int64_t>(1, (tiles + 511) / 512);
-    return {tokens, static_cast<int>(per_chunk), (tiles + per_chunk - 1) / per_chunk};
-  }
-};
+// The chunks of (batch, heads, tokens, channels).
+template <typename T>
+Cut cut_of(const Tensor& tokens) {
+  return Cut::of(tokens.size(0), tokens.size(1), tokens.size(2), kTokens<T>);
+}
 
 // Landmark groups in a round: as many as warps, or as shared memory has room for.
 inline int groups_that_fit(int64_t m, int64_t fixed_bytes, int64_t bytes_per_group) {
@@ -673,7 +654,7 @@ inline int rounds_of(int64_t m, int groups_per_round) {
 // A kernel's shared memory, one array after another. The description that a kernel takes its arrays from
 // tells the host how many bytes there are, and the compiler whether two blocks fit.
 template <bool kMeasured>
-struct LayoutOf {
+struct SharedMemoryOf {
   unsigned char* memory = nullptr;
   int64_t bytes = 0;
 
@@ -705,8 +686,8 @@ struct LayoutOf {
   }
 };
 
-using Layout = LayoutOf<false>;
-using Measure = LayoutOf<true>;  // for the bytes alone
+using SharedMemory = SharedMemoryOf<false>;
+using Measure = SharedMemoryOf<true>;  // for the bytes alone
 
 // With the default grid two blocks share the 164 KB of a multiprocessor (compute capability 8.0), of which
 // each block takes 1 KB more than it asks for.

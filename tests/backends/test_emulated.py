@@ -1,5 +1,6 @@
 """The emulation of the CUDA sources: its own checks, and no operator that relies on a missing barrier."""
 
+import ctypes
 import os
 import shlex
 import subprocess
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from lf_dense import laplacian_attention, laplacian_kernel, newton_schulz_inverse, use_backend
-from support import emulated
-from support.literal import gradients, gram, make_inputs, relative_error
+from support import ROOT, emulated
+from support.literal import exact_inverse, gradients, gram, make_inputs, relative_error
+from support.multiprocessors import loads
 
 ORDERS = ("forward", "reverse", "random")
 
@@ -144,6 +146,136 @@ def test_nan_reaches_the_gradients(position, monkeypatch):
     assert grads[0][0, 0, 0].isnan().any()
     assert grads[3][0, 0].isnan().any()
     assert all(x[0, 1].isfinite().all() for x in grads)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_chunks_of_several_tiles_in_many_heads(dtype, monkeypatch):
+    emulated.install(monkeypatch)
+    inputs = make_inputs(batch=20, heads=5, n=400, d=4, m=3, dtype=dtype)
+    assert_rounds_like_the_reference(inputs, torch.randn_like(inputs[2]))
+
+
+def test_an_images_bits_are_the_same_in_every_batch_of_up_to_16(monkeypatch):
+    emulated.install(monkeypatch)
+    inputs = make_inputs(batch=16, heads=1, n=500, d=4, m=9, dtype=torch.float32)
+    weight = torch.randn_like(inputs[2])
+    with use_backend("native"):
+        many = [laplacian_attention(*inputs), *gradients(laplacian_attention, inputs, weight)]
+        for image in (slice(0, 1), slice(5, 8)):
+            some = [x[image] for x in inputs]
+            few = [laplacian_attention(*some), *gradients(laplacian_attention, some, weight[image])]
+            assert all(torch.equal(x[image], y) for x, y in zip(many, few))
+
+
+@pytest.fixture(scope="module")
+def chunk_tokens(tmp_path_factory):
+    """A function that lists the tokens of a head's chunks."""
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "cut.cpp").write_text(f"""#include "{ROOT / "ops" / "cuda" / "cut.h"}"
+extern "C" int chunk_tokens(
+    int64_t batch, int64_t heads, int64_t tokens, int tile_tokens, int64_t* lengths) {{
+  const lf::Cut cut = lf::Cut::of(batch, heads, tokens, tile_tokens);
+  int64_t at = 0;
+  for (int64_t block = 0; block < cut.chunks * cut.heads; block += cut.heads) {{
+    const lf::Chunk chunk = cut.of_block(block);
+    if (chunk.head != 0 || chunk.first_tile * tile_tokens != at) return -1;
+    if (chunk.tokens != cut.chunk_tokens(chunk.index)) return -1;
+    at += lengths[chunk.index] = chunk.tokens;
+  }}
+  return at == tokens ? cut.chunks : -1;
+}}""")
+    compiler = os.environ.get("CXX", "g++")
+    emulated.run(f"{compiler} -std=c++20 -O1 -shared -fPIC {folder / 'cut.cpp'} -o {folder / 'cut.so'}")
+    function = ctypes.CDLL(str(folder / "cut.so")).chunk_tokens
+    function.argtypes = [*[ctypes.c_int64] * 3, ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
+
+    def call(batch, heads, tokens, tile_tokens=64):
+        lengths = (ctypes.c_int64 * 4096)()
+        chunks = function(batch, heads, tokens, tile_tokens, lengths)
+        assert 0 < chunks <= 4096
+        return list(lengths[:chunks])
+
+    return call
+
+
+def test_chunks_follow_one_another_and_cover_every_token(chunk_tokens):
+    some = [*range(1, 300), 3136, 16_700, 66_800, 66_801, 518_400, 10_000_000]
+    for tokens in some:
+        for batch, heads in ((1, 1), (1, 8), (16, 5), (17, 1), (128, 1), (128, 5), (2000, 8)):
+            for tile in (32, 64):
+                assert min(chunk_tokens(batch, heads, tokens, tile)) > 0
+
+
+def test_batches_of_up_to_16_images_are_cut_like_one_image(chunk_tokens):
+    for tokens in (196, 3136, 66_800):
+        assert all(chunk_tokens(batch, 2, tokens) == chunk_tokens(1, 2, tokens) for batch in range(2, 17))
+
+
+@pytest.mark.parametrize("tokens", [3136, 12_544, 16_700, 35_000, 66_800, 518_400])
+@pytest.mark.parametrize("multiprocessors", [132, 108])
+def test_multiprocessors_are_evenly_loaded(tokens, multiprocessors, chunk_tokens):
+    for heads in (1, 2, 5):
+        lengths = chunk_tokens(1, heads, tokens)
+        tiles = -(-tokens // 64)
+        for batch in (1, 2, 3, 7, 16):
+            blocks = [-(-length // 64) for length in lengths for _ in range(batch * heads)]
+            mean = batch * heads * tiles / multiprocessors
+            # Where there are few tiles for each multiprocessor, single ones cannot do better than this.
+            best = -(-batch * heads * tiles // multiprocessors)
+            assert max(loads(blocks, multiprocessors)) <= max(1.05 * mean, best), (heads, batch)
+
+
+def test_partial_sums_are_a_tenth_of_a_training_batch(chunk_tokens):
+    batch, m, d = 128, 49, 64
+    inputs = batch * 3136 * d * 2  # of bfloat16
+    chunks = batch * len(chunk_tokens(batch, 1, 3136))
+    assert 4 * chunks * (m * d + m + 2 * d) <= 0.1 * 3 * inputs  # beside q, k and v
+    assert 4 * chunks * (3 * m * d + m + d) <= 0.1 * 4 * inputs  # and the upstream gradient
+
+
+@pytest.mark.parametrize("m", [1, 4, 16, 49, 64, 100])
+@pytest.mark.parametrize("eps", [1e-3, 1e-2, 0.1])
+def test_the_attentions_own_solver_rounds_like_plain_pytorch_after_every_step(m, eps, monkeypatch):
+    emulated.install(monkeypatch)
+    attention = getattr(torch.ops, emulated.LIBRARY).laplacian_attention
+    tokens = torch.randn(1, 1, 1, 16)
+    for spread in (3.0, 0.1, 1e-2, 0.0):
+        landmarks = spread * torch.randn(1, 1, m, 16)
+        w = laplacian_kernel(landmarks.double(), landmarks.double(), backend="reference")
+        exact = exact_inverse(w, eps)
+        for iters in (1, 2, 3, 4, 5, 7, 9, 10, 14, 20):
+            plain = newton_schulz_inverse(w.float(), iters, eps, backend="reference")
+            inverse = attention(tokens, tokens, tokens, landmarks, 4.0, iters, eps, 1e-2)[1]
+            assert relative_error(inverse, exact) <= 2 * relative_error(plain, exact) + 1e-6, (spread, iters)
+
+
+@pytest.mark.parametrize(("m", "d"), [(49, 64), (16, 32), (64, 128)])
+def test_launches_allocations_and_attributes_of_a_call(m, d, monkeypatch):
+    emulated.install(monkeypatch)
+    library = ctypes.CDLL(str(emulated.build()))
+    operators = getattr(torch.ops, emulated.LIBRARY)
+    inputs = make_inputs(batch=1, heads=1, n=100, d=d, m=m, dtype=torch.float32)
+
+    def counted(call):
+        launches, attributes = library.lf_emulation_launches(), library.lf_emulation_attribute_calls()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = call()
+        allocations = sum(event.count for event in profile.key_averages() if "aten::empty" in event.key)
+        attributes = library.lf_emulation_attribute_calls() - attributes
+        return result, (library.lf_emulation_launches() - launches, allocations, attributes)
+
+    def forward():
+        return operators.laplacian_attention(*inputs, 4.0, 10, 1e-2, 1e-2)
+
+    forward()
+    (out, *saved), counts = counted(forward)
+    assert counts[0] <= 3
+    assert counts[2] == 0
+    assert 1 <= counts[1] <= 6  # five results, one workspace
+    again = [out, *inputs, *saved, 4.0, 1e-2]
+    operators.laplacian_attention_backward(*again)
+    counts = counted(lambda: operators.laplacian_attention_backward(*again))[1]
+    assert counts[0] <= 6
+    assert counts[2] == 0
+    assert 1 <= counts[1] <= 5  # four gradients, one workspace
 
 
 def assert_rounds_like_the_reference(inputs, weight):

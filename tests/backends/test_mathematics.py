@@ -145,6 +145,17 @@ def test_solver_converges_for_every_input_as_its_bound_says():
             assert errors[0] >= errors[1] >= errors[2] or errors[1] < 1e-12
 
 
+@pytest.mark.parametrize("m", [1, 4, 16, 49, 64, 100])
+@pytest.mark.parametrize("eps", [1e-3, 1e-2, 0.1])
+@pytest.mark.parametrize("spread", [3.0, 0.1, 1e-2, 0.0])
+def test_solver_rounds_like_plain_pytorch_after_every_step(m, eps, spread):
+    w = gram(m, spread, batch=1)
+    exact = exact_inverse(w.double(), eps)
+    for iters in (1, 2, 3, 4, 5, 7, 9, 10, 14, 20):
+        plain_error = relative_error(newton_schulz_inverse(w, iters, eps, backend="reference"), exact)
+        assert relative_error(newton_schulz_inverse(w, iters, eps), exact) <= 2 * plain_error + 1e-6, iters
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 2e-4)], ids=str)
 @pytest.mark.parametrize("m", [1, 16, 49, 121, 196])
 @pytest.mark.parametrize("blank", [True, False])

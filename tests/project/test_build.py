@@ -28,6 +28,7 @@ KERNELS_THAT_MATTER = (
     "backward",
     "finish_keys",
     "invert_small",
+    "multiply_by_inverse",
 )
 
 

@@ -39,7 +39,10 @@ def cuda_headers():
 
 @functools.cache
 def build():
-    """Compile and load ``torch.ops.lf_dense_emulated`` once; the same sources are not compiled again."""
+    """Compile and load ``torch.ops.lf_dense_emulated`` once, and return its path.
+
+    The same sources are not compiled again.
+    """
     headers, compiler = cuda_headers(), os.environ.get("CXX", "g++")
     if headers is None or shutil.which(shlex.split(compiler)[0]) is None:
         pytest.skip("emulating the CUDA sources needs the toolkit's headers and a C++ compiler")
@@ -62,6 +65,7 @@ def build():
         run(f"{common} -shared {' '.join(objects)} -L{torch_folder / 'lib'} -ltorch_cpu -lc10 -o {partial}")
         partial.replace(library)
     torch.ops.load_library(str(library))
+    return library
 
 
 def run(command):

@@ -276,6 +276,8 @@ struct Engine {
   unsigned char* shared = nullptr;
   std::size_t shared_bytes = 0;
   std::unordered_map<const void*, std::size_t> granted_shared_bytes;
+  long launches = 0;
+  long attribute_calls = 0;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_stack_bytes = 0;
@@ -521,6 +523,7 @@ inline void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const void
   }
 
   launching = true;
+  ++engine.launches;
   Visits visits;
   engine.body = body;
   engine.argument = argument;
@@ -548,6 +551,7 @@ inline cudaError_t grant_shared_bytes(const void* kernel, cudaFuncAttribute attr
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (bytes < 0 || static_cast<std::size_t>(bytes) > max_shared_bytes()) return cudaErrorInvalidValue;
   const std::lock_guard lock(engine.mutex);
+  ++engine.attribute_calls;
   engine.granted_shared_bytes[kernel] = static_cast<std::size_t>(bytes);
   return cudaSuccess;
 }
@@ -571,6 +575,16 @@ void launch(Kernel kernel, dim3 grid, dim3 block, std::size_t shared_bytes, Args
 inline unsigned char* shared_memory() { return detail::engine.shared; }
 
 }  // namespace emulation
+
+// What the process has asked of the runtime so far, for tests that load the library.
+extern "C" {
+[[gnu::used, gnu::visibility("default")]] inline long lf_emulation_launches() {
+  return emulation::detail::engine.launches;
+}
+[[gnu::used, gnu::visibility("default")]] inline long lf_emulation_attribute_calls() {
+  return emulation::detail::engine.attribute_calls;
+}
+}
 
 inline constexpr const uint3& threadIdx = emulation::detail::thread_index;
 inline constexpr const uint3& blockIdx = emulation::detail::block_index;
