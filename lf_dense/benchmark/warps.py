@@ -903,7 +903,8 @@ def float_of(bits: int) -> float:
 
 
 def bits_of_float(number: float, upwards: bool = False) -> int:
-    near = np.float32(number)
+    with np.errstate(over="ignore"):
+        near = np.float32(number)
     if upwards and float(near) < number:
         near = np.nextafter(near, np.float32(np.inf))
     return struct.unpack("<I", near.tobytes())[0]

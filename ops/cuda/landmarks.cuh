@@ -6,6 +6,15 @@
 
 namespace lf {
 
+// Numbers of an inverse that a block keeps in shared memory: all of them, or none where they are many.
+LF_HOST_DEVICE constexpr int kept_inverse(int m) { return m <= 64 ? m * m : 0; }
+
+// Begins to read it; a barrier has to follow.
+template <typename T>
+__device__ inline void keep_inverse(const T* inverse, int m, T* kept) {
+  for (int index = threadIdx.x; index < kept_inverse(m); index += blockDim.x) kept[index] = inverse[index];
+}
+
 // out = A x or A^T x, for `width` columns x in shared memory, four apart; the whole block.
 template <typename T>
 __device__ inline void times_inverse(const T* inverse, bool transposed, int m, const T* x, int width, T* out,
@@ -35,26 +44,42 @@ struct InverseProduct {
 };
 
 template <typename T>
+struct InverseProductLayout {
+  Layout layout;
+  Piece<T> x, inverse;  // (m, 4), and what is kept of A
+
+  LF_HOST_DEVICE constexpr explicit InverseProductLayout(int m)
+      : x(layout.add<T>(4 * m)), inverse(layout.add<T>(kept_inverse(m))) {}
+};
+
+template <typename T>
 __global__ void __launch_bounds__(kThreads) multiply_by_inverse(const InverseProduct<T> a) {
   LF_SHARED_MEMORY(memory);
-  T* x = reinterpret_cast<T*>(memory);
+  const InverseProductLayout<T> at(a.m);
+  T *x = at.x.in(memory), *kept = at.inverse.in(memory);
   const int64_t head = blockIdx.x / a.blocks_a_head();
   const int quad = blockIdx.x % a.blocks_a_head(), channel = 4 * quad;
   const bool for_column = channel >= a.channels;
   const int width = for_column ? 1 : min(4, a.channels - channel), stride = for_column ? 1 : a.channels;
   const T* from =
       for_column ? a.column + head * a.column_stride : a.matrix + head * a.matrix_stride + channel;
+  const T* inverse = a.inverse + head * a.m * a.m;
+  keep_inverse<T>(inverse, a.m, kept);
   for (int index = threadIdx.x; index < a.m * width; index += kThreads)
     x[index / width * 4 + index % width] = from[index / width * stride + index % width];
   __syncthreads();
   T* out = for_column ? a.column_out + head * a.m : a.matrix_out + head * a.m * a.channels + channel;
-  times_inverse<T>(a.inverse + head * a.m * a.m, a.transposed, a.m, x, width, out, stride);
+  if (kept_inverse(a.m)) {
+    times_inverse<T>(kept, a.transposed, a.m, x, width, out, stride);
+  } else {
+    times_inverse<T>(inverse, a.transposed, a.m, x, width, out, stride);
+  }
 }
 
 template <typename T>
 void launch_product(const InverseProduct<T>& product, int64_t heads, const Tensor& like) {
-  launch(multiply_by_inverse<T>, heads * product.blocks_a_head(), kThreads, 4 * product.m * sizeof(T), like,
-         product);
+  const int64_t bytes = InverseProductLayout<T>(product.m).layout.bytes;
+  launch(multiply_by_inverse<T>, heads * product.blocks_a_head(), kThreads, bytes, like, product);
 }
 
 // w with the sign of `difference`, 0 where that is 0; a NaN difference keeps w, which is NaN then.

@@ -9,9 +9,9 @@
 namespace lf {
 namespace {
 
-// Forward, keys and values. A chunk's partial sums: sum_i C_ij (v_i - shift) of (m, channels), sum_i C_ij of
-// (m), its shift and the sum of v_i - shift, both of (channels). The shift is the mean of the chunk's first
-// tile: near the mean, so that nothing cancels.
+// Forward, keys and values. A chunk's partial sums: sum_i C_ij (v_i - shift) of (m, channels), its shift and
+// the sum of v_i - shift, both of (channels), and sum_i C_ij of (m). The shift is the mean of the chunk's
+// first tile: near the mean, so that nothing cancels.
 template <typename T>
 struct KeyArguments {
   View k, v, landmarks;
@@ -130,7 +130,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   const auto write = [&](const Group& group, bool set) {
     T* sums = partial_sums();
     add_rows<T, DK>(sum, group, channels, set, sums);
-    add_numbers<T>(sums_by_landmark<T>(kernel_sum), group, set, sums + static_cast<int64_t>(m) * channels);
+    add_numbers<T>(sums_by_landmark<T>(kernel_sum), group, set,
+                   sums + static_cast<int64_t>(m + 2) * channels);
   };
   for (int tile = 0;; ++tile) {
     const auto [first, count] = chunk.tile<kTokens<T>>(tile);
@@ -174,12 +175,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
     }
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
-  T* shift_sums = partial_sums() + static_cast<int64_t>(m) * channels + m;
+  T* shift_sums = partial_sums() + static_cast<int64_t>(m) * channels;
   if (threadIdx.x < kQuads<DK>) put_quad<T>(shift, threadIdx.x, channels, shift_sums);
   put_sum<T, DK>(shared.deviation, channels, shift_sums + channels);
 }
 
-constexpr int kFinishThreads = 512;
+constexpr int kFinishThreads = 1024;
 constexpr int kFinishSlices = kFinishThreads / 64;
 
 // The chunks' sums added up, four channels of one head a block and one more block a head for the mass: the
@@ -195,73 +196,117 @@ struct FinishArguments {
 };
 
 template <typename T>
+struct FinishLayout {
+  Layout layout;
+  Piece<double> wide;     // a warp's share of the mean, (warps, 4)
+  Piece<Four<T>> mean;    // one
+  Piece<Four<T>> slices;  // one a thread
+  Piece<T> result;        // (m, 4)
+  Piece<T> inverse;
+
+  LF_HOST_DEVICE constexpr explicit FinishLayout(int m)
+      : wide(layout.add<double>(4 * kFinishThreads / kWarp)),
+        mean(layout.add<Four<T>>(1)),
+        slices(layout.add<Four<T>>(kFinishThreads)),
+        result(layout.add<T>(4 * m)),
+        inverse(layout.add<T>(kept_inverse(m))) {}
+};
+
+template <typename T>
 __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  double* wide = reinterpret_cast<double*>(memory);             // (kFinishThreads, 4)
-  T* slices = reinterpret_cast<T*>(wide + 4 * kFinishThreads);  // (kFinishThreads, 4)
-  T* result = slices + 4 * kFinishThreads;                      // (m, 4)
+  const FinishLayout<T> at(a.m);
+  double* wide = at.wide.in(memory);
+  Four<T>*slices = at.slices.in(memory), &mean = *at.mean.in(memory);
+  T* result = at.result.in(memory);
   const int quads = (a.channels + 3) / 4, quad = blockIdx.x % (quads + 1), channel = 4 * quad;
   const int64_t head = blockIdx.x / (quads + 1), n = a.cut.tokens;
   const bool for_mass = quad == quads;
-  const int width = for_mass ? 1 : min(4, a.channels - channel);
-  const T* partials = a.partials + head * a.cut.chunks * a.partial_size;
-  const int64_t mass_at = static_cast<int64_t>(a.m) * a.channels, shift_at = mass_at + a.m,
-                deviation_at = shift_at + a.channels;
-  T mean[4] = {};
+  const int width = for_mass ? 1 : min(4, a.channels - channel), chunks = a.cut.chunks;
+  const T* partials = a.partials + head * chunks * a.partial_size;
+  const int64_t shift_at = static_cast<int64_t>(a.m) * a.channels + channel,
+                deviation_at = shift_at + a.channels, mass_at = static_cast<int64_t>(a.m + 2) * a.channels;
+  const T* inverse = a.inverse + head * a.m * a.m;
+  keep_inverse<T>(inverse, a.m, at.inverse.in(memory));
   if (!for_mass) {
-    for (int c = 0; c < 4; ++c) wide[4 * threadIdx.x + c] = 0;
-    for (int64_t chunk = threadIdx.x; chunk < a.cut.chunks; chunk += kFinishThreads) {
+    double own[4] = {};
+    for (int chunk = threadIdx.x; chunk < chunks; chunk += kFinishThreads) {
       const double tokens = static_cast<double>(a.cut.chunk_tokens(chunk));
-      const T* from = partials + chunk * a.partial_size + channel;
-      for (int c = 0; c < width; ++c)
-        wide[4 * threadIdx.x + c] += tokens * from[shift_at + c] + from[deviation_at + c];
+      const T* from = partials + chunk * a.partial_size;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (c < width) own[c] += tokens * from[shift_at + c] + from[deviation_at + c];
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      own[c] = warp_sum(own[c]);
+      if (threadIdx.x % kWarp == 0) wide[threadIdx.x / kWarp * 4 + c] = own[c];
     }
     __syncthreads();
-    for (int step = kFinishThreads / 2; step > 0; step /= 2) {
-      if (static_cast<int>(threadIdx.x) < step) {
-        for (int c = 0; c < 4; ++c) wide[4 * threadIdx.x + c] += wide[4 * (threadIdx.x + step) + c];
-      }
-      __syncthreads();
+    if (static_cast<int>(threadIdx.x) < 4) {
+      double all = 0;
+      for (int w = 0; w < kFinishThreads / kWarp; ++w) all += wide[4 * w + threadIdx.x];
+      mean.at[threadIdx.x] = static_cast<T>(all / n);
+      if (static_cast<int>(threadIdx.x) < width)
+        a.mean_value[head * a.channels + channel + threadIdx.x] = mean.at[threadIdx.x];
     }
-    for (int c = 0; c < width; ++c) mean[c] = static_cast<T>(wide[c] / n);
-    if (static_cast<int>(threadIdx.x) < width)
-      a.mean_value[head * a.channels + channel + threadIdx.x] = mean[threadIdx.x];
   }
+  __syncthreads();
   const int slice = threadIdx.x / 64;
   for (int first = 0; first < a.m; first += 64) {
     const int j = first + threadIdx.x % 64;
-    T sum[4] = {};
-    for (int64_t chunk = slice; j < a.m && chunk < a.cut.chunks; chunk += kFinishSlices) {
-      const T* from = partials + chunk * a.partial_size;
-      const T chunk_mass = from[mass_at + j];
+    Four<T> sum = {};
+    const T* from = partials + slice * a.partial_size;
+    const int64_t step = kFinishSlices * a.partial_size;
+    const auto add_chunks = [&](auto read) {
+      const Four<T> whole_mean = mean;
+      const int64_t own_at = static_cast<int64_t>(j) * a.channels + channel;
+#pragma unroll 4
+      for (int chunk = slice; chunk < chunks; chunk += kFinishSlices, from += step) {
+        const T chunk_mass = from[mass_at + j];
+        const Four<T> own = read(from + own_at), shift = read(from + shift_at);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum.at[c] += own.at[c] + chunk_mass * (shift.at[c] - whole_mean.at[c]);
+      }
+    };
+    if (j < a.m) {
       if (for_mass) {
-        sum[0] += chunk_mass;
+#pragma unroll 4
+        for (int chunk = slice; chunk < chunks; chunk += kFinishSlices, from += step)
+          sum.at[0] += from[mass_at + j];
+      } else if (a.channels % 4 == 0) {
+        add_chunks([](const T* quad) { return vector_at<4>(quad); });
       } else {
-        for (int c = 0; c < width; ++c) {
-          sum[c] += from[static_cast<int64_t>(j) * a.channels + channel + c] +
-                    chunk_mass * (from[shift_at + channel + c] - mean[c]);
-        }
+        add_chunks([width](const T* quad) { return read_quad<T>(quad, 0, width); });
       }
     }
     __syncthreads();
-    for (int c = 0; c < 4; ++c) slices[4 * threadIdx.x + c] = sum[c];
+    slices[threadIdx.x] = sum;
     __syncthreads();
-    if (slice == 0 && j < a.m) {
-      for (int c = 0; c < width; ++c) {
-        for (int s = 1; s < kFinishSlices; ++s) sum[c] += slices[4 * (64 * s + threadIdx.x) + c];
-        const T value = sum[c] / static_cast<T>(n);
-        result[4 * j + c] = value;
-        if (for_mass) {
-          a.mass[head * a.m + j] = value;
-        } else {
-          a.sums[(head * a.m + j) * a.channels + channel + c] = value;
-        }
+    // Four threads of each landmark take a channel each.
+    if (threadIdx.x < 4 * 64) {
+      const int row = threadIdx.x / 4, c = threadIdx.x % 4, landmark = first + row;
+      if (landmark < a.m && c < width) {
+        T all = 0;
+#pragma unroll
+        for (int s = 0; s < kFinishSlices; ++s) all += slices[64 * s + row].at[c];
+        const T value = all / static_cast<T>(n);
+        result[4 * landmark + c] = value;
+        T* saved = for_mass ? a.mass + head * a.m + landmark
+                            : a.sums + (head * a.m + landmark) * a.channels + channel + c;
+        *saved = value;
       }
     }
   }
   __syncthreads();
   T* out = for_mass ? a.pooled_mass + head * a.m : a.pooled_values + head * a.m * a.channels + channel;
-  times_inverse<T>(a.inverse + head * a.m * a.m, false, a.m, result, width, out, for_mass ? 1 : a.channels);
+  const int stride = for_mass ? 1 : a.channels;
+  if (kept_inverse(a.m)) {
+    times_inverse<T>(at.inverse.in(memory), false, a.m, result, width, out, stride);
+  } else {
+    times_inverse<T>(inverse, false, a.m, result, width, out, stride);
+  }
 }
 
 // Forward, queries.
@@ -557,15 +602,15 @@ struct KeyGradientArguments {
   T share, weight_share;  // 1 / N and 2 / (N scale)
 };
 
-// A block's share of the tokens. In shared memory it is read again for each tile, and takes no registers.
-struct Work {
-  Chunk chunk;
+// Where a block reads and writes. In shared memory it is read again for each tile, and takes no registers.
+struct Place {
   Head head;
+  int64_t chunk;
 };
 
 template <typename T, int DK>
 struct KeyGradientMemory {
-  Work* work;
+  Place* place;
   Four<T>*keys, *values, *dkeys, *dvalues, *landmarks, *dsums;
   T *columns, *totals, *mass, *dmass;
   int64_t bytes;
@@ -574,7 +619,7 @@ struct KeyGradientMemory {
   // the values stay in registers.
   template <typename L>
   __host__ __device__ constexpr KeyGradientMemory(L layout, int groups, bool several_rounds) {
-    work = layout.template take<Work>(1);
+    place = layout.template take<Place>(1);
     keys = layout.template tokens<T, DK>(), values = layout.template tokens<T, DK>();
     columns = layout.template columns<T>(groups), totals = layout.template totals<T>(groups);
     mass = layout.template take<T>(groups * kGroup), dmass = layout.template take<T>(groups * kGroup);
@@ -595,10 +640,8 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     return;
   }
   const KeyGradientMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
-  if (threadIdx.x == 0) {
-    const Chunk chunk = a.cut.of_block(blockIdx.x);
-    *shared.work = {chunk, Head(a.k, chunk.head)};
-  }
+  const Chunk chunk = a.cut.of_block(blockIdx.x);
+  if (threadIdx.x == 0) *shared.place = {Head(a.k, chunk.head), chunk.index};
   __syncthreads();
   const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
@@ -607,12 +650,12 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
   const auto write = [&](const Group& group, bool set) {
     Vector<T, DK> sums[kGroup];
     gradients.finish(sums);
-    add_rows<T, DK>(sums, group, channels, set, a.partials + shared.work->chunk.index * m * channels);
+    add_rows<T, DK>(sums, group, channels, set, a.partials + shared.place->chunk * m * channels);
   };
   for (int tile = 0;; ++tile) {
-    const auto [first, count] = shared.work->chunk.template tile<kTokens<T>>(tile);
+    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
     if (count <= 0) break;
-    const Head head = shared.work->head;
+    const Head head = shared.place->head;
     __syncthreads();
     load_tokens<T, DK>(RowsOf<S, DK>::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
     {
@@ -706,7 +749,8 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
   const Cut cut = cut_of<T>(q);
 
   KeyArguments<T> keys{view(k), view(v), view(landmarks), static_cast<T>(scale), 0, 0, cut};
-  keys.partial_size = m * channels + m + 2 * channels;
+  // A multiple of four, for accesses of four.
+  keys.partial_size = ((m + 2) * channels + m + 3) / 4 * 4;
   Layout layout;
   const auto partials_at = layout.add<T>(heads * cut.chunks * keys.partial_size),
              pooled_values_at = layout.add<T>(heads * m * channels),
@@ -742,7 +786,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
                                   data<T>(results.mean_value),
                                   pooled_values,
                                   pooled_mass};
-  const int64_t finish_bytes = 4 * kFinishThreads * (sizeof(double) + sizeof(T)) + 4 * m * sizeof(T);
+  const int64_t finish_bytes = FinishLayout<T>(static_cast<int>(m)).layout.bytes;
   launch(finish_keys<T>, heads * ((channels + 3) / 4 + 1), kFinishThreads, finish_bytes, q, finish);
 
   QueryArguments<T> queries{

@@ -36,10 +36,10 @@ constexpr int kGradientBlocksTogether = std::is_same_v<S, Any> ? 1 : kBlocksToge
 template <int DK>
 constexpr int kQuads = 8 * DK;
 
-// Rows that no token or landmark has lie infinitely far away, tokens on the other side than landmarks: their
-// kernel is 0 without a comparison.
+// Rows that no token or landmark has lie as far away as numbers reach, tokens on the other side than
+// landmarks: their kernel is 0 without a comparison. At infinity an infinite token would give NaN.
 template <typename T>
-constexpr T kFar = std::numeric_limits<T>::infinity();
+constexpr T kFar = std::numeric_limits<T>::max();
 
 // In sums over tokens and over landmarks a lane has V neighbouring channels, and the lanes with the same ones
 // a share of the tokens each: V = 4 takes the fewest reads, V = DK the fewest registers.
