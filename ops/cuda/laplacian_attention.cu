@@ -255,14 +255,15 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
   __syncthreads();
   const int slice = threadIdx.x / 64;
   for (int first = 0; first < a.m; first += 64) {
-    const int j = first + threadIdx.x % 64;
+    // The last landmark again where there are no more.
+    const int j = min(first + static_cast<int>(threadIdx.x) % 64, a.m - 1);
     Four<T> sum = {};
     const T* from = partials + slice * a.partial_size;
     const int64_t step = kFinishSlices * a.partial_size;
     const auto add_chunks = [&](auto read) {
       const Four<T> whole_mean = mean;
       const int64_t own_at = static_cast<int64_t>(j) * a.channels + channel;
-#pragma unroll 4
+#pragma unroll 2
       for (int chunk = slice; chunk < chunks; chunk += kFinishSlices, from += step) {
         const T chunk_mass = from[mass_at + j];
         const Four<T> own = read(from + own_at), shift = read(from + shift_at);
@@ -270,16 +271,14 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
         for (int c = 0; c < 4; ++c) sum.at[c] += own.at[c] + chunk_mass * (shift.at[c] - whole_mean.at[c]);
       }
     };
-    if (j < a.m) {
-      if (for_mass) {
+    if (for_mass) {
 #pragma unroll 4
-        for (int chunk = slice; chunk < chunks; chunk += kFinishSlices, from += step)
-          sum.at[0] += from[mass_at + j];
-      } else if (a.channels % 4 == 0) {
-        add_chunks([](const T* quad) { return vector_at<4>(quad); });
-      } else {
-        add_chunks([width](const T* quad) { return read_quad<T>(quad, 0, width); });
-      }
+      for (int chunk = slice; chunk < chunks; chunk += kFinishSlices, from += step)
+        sum.at[0] += from[mass_at + j];
+    } else if (a.channels % 4 == 0) {
+      add_chunks([](const T* quad) { return vector_at<4>(quad); });
+    } else {
+      add_chunks([width](const T* quad) { return read_quad<T>(quad, 0, width); });
     }
     __syncthreads();
     slices[threadIdx.x] = sum;

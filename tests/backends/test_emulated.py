@@ -146,6 +146,8 @@ def test_nan_reaches_the_gradients(position, monkeypatch):
     assert grads[0][0, 0, 0].isnan().any()
     assert grads[3][0, 0].isnan().any()
     assert all(x[0, 1].isfinite().all() for x in grads)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_chunks_of_several_tiles_in_many_heads(dtype, monkeypatch):
     emulated.install(monkeypatch)

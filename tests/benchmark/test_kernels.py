@@ -18,15 +18,15 @@ ARCHITECTURE = "sm_90"
 # scheduler issues for 64 tokens.
 AIMS = {
     "slots a tile": {
-        "stream_keys": 10_730,
-        "stream_queries": 11_060,
-        "query_gradients": 28_820,
-        "key_gradients": 30_450,
+        "stream_keys": 7_720,
+        "stream_queries": 7_230,
+        "query_gradients": 20_520,
+        "key_gradients": 19_870,
     },
-    "solver's microseconds": 61.6,
-    "forward's milliseconds": 0.209,
-    "forward and backward's milliseconds": 0.769,
-    "launches backward": 14,
+    "solver's microseconds": 35.5,
+    "forward's milliseconds": 0.114,
+    "forward and backward's milliseconds": 0.385,
+    "launches backward": 6,
 }
 
 
