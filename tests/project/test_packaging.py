@@ -34,7 +34,7 @@ SOURCES = (
     "docs",
 )
 # Scripts for a checkout: they build the environment, mmcv or the operators.
-OF_THE_CHECKOUT = ("setup_env.py", "build_mmcv.py", "gpu_check.py", "sanitize.py")
+OF_THE_CHECKOUT = ("setup_env.py", "build_mmcv.py", "gpu_check.py", "read_kernels.py", "sanitize.py")
 NO_OPERATORS = "lf_dense is installed without native operators, since "
 NO_COMPILER = "there is no C++ compiler (/nowhere/g++ was not found: install g++, or name one in CXX)"
 
