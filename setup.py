@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent
 OPS = ROOT / "ops"
 MIN_TORCH = (2, 11)
 ABI_TARGET = "0x020b000000000000"
-DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
+DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 TORCH_SOURCES = ("schemas.cpp", "cpu/laplacian_kernel.cpp", "cpu/operators.cpp")
 # These know nothing of torch.
 SHARED_SOURCES = (

@@ -312,6 +312,18 @@ def run_command(command: list[str], log: Path, seconds: float, environment: dict
     Returns:
         The exit code, or None where the command was ended.
     """
+    with launched(command, log, environment) as process:
+        try:
+            return process.wait(timeout=max(seconds, 0))
+        except subprocess.TimeoutExpired:
+            # An interrupt first: pytest then still says what it has done.
+            end_group(process, signal.SIGINT)
+            return None
+
+
+@contextlib.contextmanager
+def launched(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """Start a command in a process group of its own, append its output to ``log``, and end it afterwards."""
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", **environment}
     with log.open("ab") as stream:
@@ -319,35 +331,16 @@ def run_command(command: list[str], log: Path, seconds: float, environment: dict
             command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=env, start_new_session=True
         )
         try:
-            return process.wait(timeout=max(seconds, 0))
-        except subprocess.TimeoutExpired:
-            # An interrupt first: pytest then still says what it has done.
-            end_group(process, signal.SIGINT)
-            return None
+            yield process
         finally:
             end_group(process, signal.SIGKILL)
 
 
-@contextlib.contextmanager
-def running(command: list[str] | None, log: Path) -> Iterator[None]:
-    """Run a command that nobody waits for, where there is one, at the lowest priority; end it afterwards."""
+def running(command: list[str] | None, log: Path) -> contextlib.AbstractContextManager:
+    """Run a command that nobody waits for, where there is one, at the lowest priority."""
     if command is None:
-        yield
-        return
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            ["nice", "-n", "19", *command],
-            cwd=ROOT,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": python_path, "CUDA_VISIBLE_DEVICES": ""},
-            start_new_session=True,
-        )
-        try:
-            yield
-        finally:
-            end_group(process, signal.SIGKILL)
+        return contextlib.nullcontext()
+    return launched(["nice", "-n", "19", *command], log, {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def end_group(process: subprocess.Popen, how: signal.Signals) -> None:

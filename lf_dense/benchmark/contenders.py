@@ -19,9 +19,10 @@ from .cases import Case, Problem, pool_by_ratio, pool_to_grid
 
 # Somebody else's attention, of a file that --peer names.
 PEER = "peer"
-SAME_FUNCTION = ("native", "reference", "compile", PEER)
+OF_EVERY_OPERATOR = ("native", "reference", "compile")
+SAME_FUNCTION = (*OF_EVERY_OPERATOR, PEER)
 OTHER_ATTENTIONS = ("sdpa", "sra", "linear-sra")
-CONTENDERS = ("native", "reference", "compile", *OTHER_ATTENTIONS)
+CONTENDERS = OF_EVERY_OPERATOR + OTHER_ATTENTIONS
 # Not an option: it takes part beside native, and measures the arithmetic that a kernel matrix cannot avoid.
 FLOOR = "floor"
 

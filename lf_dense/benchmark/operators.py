@@ -21,7 +21,7 @@ from ..errors import UsageError
 from ..presets import LANDMARK_GRID, NUM_STAGES
 from . import contenders
 from .cases import OPS, PASSES, Case, build_cases
-from .contenders import CONTENDERS, FLOOR, OTHER_ATTENTIONS, PEER, SAME_FUNCTION
+from .contenders import CONTENDERS, FLOOR, OF_EVERY_OPERATOR, OTHER_ATTENTIONS, PEER
 from .contest import Limits, measure
 from .operator_report import heading, records, table_head, table_row
 from .options import check_folder, find_device, image_size, positive_float, positive_int, square
@@ -178,8 +178,7 @@ def _run_cases(args: argparse.Namespace) -> Iterator[str]:
     print(heading(about, on_cuda, wants_native))
     results: list[Record] = []
     for op, cases in itertools.groupby(chosen_cases(args), key=lambda case: case.op):
-        of_all = [name for name in SAME_FUNCTION if name != PEER]
-        columns = [name for name in names if name in of_all or op == "laplacian_attention"]
+        columns = [name for name in names if name in OF_EVERY_OPERATOR or op == "laplacian_attention"]
         if op == "laplacian_kernel" and with_floor:
             columns.insert(columns.index("native") + 1, FLOOR)
         print(f"\n### {op}\n\n{table_head(columns, on_cuda)}", flush=True)

@@ -35,7 +35,6 @@ class Machine:
     shared_bytes_of_block: int
     threads: int  # of a multiprocessor, at once
     blocks: int
-    gigabytes_a_second: float
     # Results a clock and multiprocessor: the throughput table of the CUDA C++ Programming Guide.
     float32: int
     float64: int
@@ -49,10 +48,10 @@ class Machine:
 
 
 MACHINES = {
-    "sm_80": Machine("A100 SXM", 108, 1.41, 164 << 10, 163 << 10, 2048, 32, 1555, 64, 32),
-    "sm_90": Machine("H100 SXM", 132, 1.75, 228 << 10, 227 << 10, 2048, 32, 3350, 128, 64),
-    "sm_100": Machine("B200", 148, 1.85, 228 << 10, 227 << 10, 2048, 32, 8000, 128, 64),
-    "sm_120": Machine("RTX 5090", 170, 2.41, 100 << 10, 99 << 10, 1536, 24, 1792, 128, 2),
+    "sm_80": Machine("A100 SXM", 108, 1.41, 164 << 10, 163 << 10, 2048, 32, 64, 32),
+    "sm_90": Machine("H100 SXM", 132, 1.75, 228 << 10, 227 << 10, 2048, 32, 128, 64),
+    "sm_100": Machine("B200", 148, 1.85, 228 << 10, 227 << 10, 2048, 32, 128, 64),
+    "sm_120": Machine("RTX 5090", 170, 2.41, 100 << 10, 99 << 10, 1536, 24, 128, 2),
 }
 REGISTERS = 65536
 # What the system keeps of shared memory for each block.

@@ -189,11 +189,6 @@ struct Head {
   }
   // Where the head's part of a contiguous array begins.
   __device__ int64_t start(int64_t size) const { return index * size; }
-  __device__ Head again() const {
-    Head same = *this;
-    same.index = lf::again(index), same.image = lf::again(image), same.number = lf::again(number);
-    return same;
-  }
 };
 
 __device__ inline void widen(const float* from, Four<float>& to) {

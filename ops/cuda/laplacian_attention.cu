@@ -89,15 +89,17 @@ __device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, unsign
 
 template <typename T, int DK>
 struct KeyMemory {
-  Four<T>*keys, *values, *parts, *deviation, *landmarks;
+  Place* place;
+  Four<T>*keys, *values, *parts, *shift, *deviation, *landmarks;
   T* columns;
   int64_t bytes;
 
   template <typename L>
   __host__ __device__ constexpr KeyMemory(L layout, int groups, bool) {
+    place = layout.template take<Place>(1);
     keys = layout.template tokens<T, DK>(), values = layout.template tokens<T, DK>();
-    parts = layout.template take<Four<T>>(kWarps * kQuads<DK>),
-    deviation = layout.template take<Four<T>>(kWarp);
+    parts = layout.template take<Four<T>>(kWarps * kQuads<DK>);
+    shift = layout.template take<Four<T>>(kQuads<DK>), deviation = layout.template take<Four<T>>(kWarp);
     landmarks = layout.template landmarks<T, DK>(groups);
     columns = layout.template columns<T>(groups);
     bytes = layout.bytes;
@@ -116,19 +118,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
     usual ? solve_head<T, kUsualLandmarks>(a, block / 2, memory) : solve_head<T, 0>(a, block / 2, memory);
     return;
   }
-  const int item = block - solvers_before;
-  const Chunk chunk = a.cut.of_block(item);
   const KeyMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
-  const Head block_head(a.k, chunk.head);
+  const Chunk chunk = a.cut.of_block(block - solvers_before);
+  put_place(a.k, chunk, shared.place);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
-  const auto partial_sums = [&] { return a.partials + a.cut.of_block(again(item)).index * a.partial_size; };
-  Four<T> shift = {};  // of the thread's quad
   Four<T> sum[kGroup] = {};
   T kernel_sum[kGroup] = {};
   // Of the only round into the partial sums, or a round's and a tile's added to them.
   const auto write = [&](const Group& group, bool set) {
-    T* sums = partial_sums();
+    T* sums = a.partials + shared.place->chunk * a.partial_size;
     add_rows<T, DK>(sum, group, channels, set, sums);
     add_numbers<T>(sums_by_landmark<T>(kernel_sum), group, set,
                    sums + static_cast<int64_t>(m + 2) * channels);
@@ -136,13 +135,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   for (int tile = 0;; ++tile) {
     const auto [first, count] = chunk.tile<kTokens<T>>(tile);
     if (count <= 0) break;
-    const Head head = block_head.again();
+    const Head head = shared.place->head;
     __syncthreads();
     load_tokens<T, DK>(RowsOf<S, DK>::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
     {
       OwnQuads<T, DK> values;
       read_tokens<T, DK>(RowsOf<S, DK>::of(a.v, head).from(first), count, T{0}, shared.values, values);
-      if (tile == 0) shift = mean_of_tokens<T, DK>(values, count, shared.parts);
+      const Four<T> shift =
+          tile == 0 ? mean_of_tokens<T, DK>(values, count, shared.parts) : shared.shift[own_quad<DK>()];
+      if (tile == 0 && threadIdx.x < kQuads<DK>) shared.shift[threadIdx.x] = shift;
       subtract<T, DK>(shift, count, values);
       put_tokens<T, DK>(values, shared.values);
     }
@@ -175,8 +176,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
     }
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
-  T* shift_sums = partial_sums() + static_cast<int64_t>(m) * channels;
-  if (threadIdx.x < kQuads<DK>) put_quad<T>(shift, threadIdx.x, channels, shift_sums);
+  T* shift_sums = a.partials + shared.place->chunk * a.partial_size + static_cast<int64_t>(m) * channels;
+  if (threadIdx.x < kQuads<DK>) put_quad<T>(shared.shift[threadIdx.x], threadIdx.x, channels, shift_sums);
   put_sum<T, DK>(shared.deviation, channels, shift_sums + channels);
 }
 
@@ -327,12 +328,14 @@ __device__ inline T reciprocal_mass(T mass, T tau) {
 
 template <typename T, int DK>
 struct QueryMemory {
+  Place* place;
   Four<T>*queries, *landmarks, *pooled;
   T *columns, *pooled_mass, *parts;
   int64_t bytes;
 
   template <typename L>
   __host__ __device__ constexpr QueryMemory(L layout, int groups, bool) {
+    place = layout.template take<Place>(1);
     queries = layout.template tokens<T, DK>();
     parts = layout.template take<T>(kWarps * kTokens<T>);
     columns = layout.template columns<T>(groups), pooled_mass = layout.template take<T>(groups * kGroup);
@@ -349,13 +352,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
   const QueryMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Chunk chunk = a.cut.of_block(blockIdx.x);
-  const Head block_head(a.q, chunk.head);
+  put_place(a.q, chunk, shared.place);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
   for (int tile = 0;; ++tile) {
     const auto [first, count] = chunk.tile<kTokens<T>>(tile);
     if (count <= 0) break;
-    const Head head = block_head.again();
+    const Head head = shared.place->head;
     __syncthreads();
     load_tokens<T, DK>(RowsOf<S, DK>::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
     T mass[kPerLane<T>] = {};
@@ -425,6 +428,7 @@ struct QueryGradientArguments {
 
 template <typename T, int DK>
 struct QueryGradientMemory {
+  Place* place;
   Four<T>*queries, *grads, *dqueries, *grad_sum, *landmarks, *pooled;
   T *columns, *totals, *pooled_mass, *mass_parts, *dmass_parts, *reciprocals, *dmasses;
   int64_t bytes;
@@ -432,6 +436,7 @@ struct QueryGradientMemory {
   // With one round the queries' gradients take the place of the upstream ones, which then have been used.
   template <typename L>
   __host__ __device__ constexpr QueryGradientMemory(L layout, int groups, bool several_rounds) {
+    place = layout.template take<Place>(1);
     queries = layout.template tokens<T, DK>(), grads = layout.template tokens<T, DK>();
     grad_sum = layout.template take<Four<T>>(kWarp);
     mass_parts = layout.template take<T>(kWarps * kTokens<T>),
@@ -453,7 +458,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
   const QueryGradientMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Chunk chunk = a.cut.of_block(blockIdx.x);
-  const Head block_head(a.q, chunk.head);
+  put_place(a.q, chunk, shared.place);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
   Vector<T, DK> value_sum[kGroup] = {};
@@ -461,7 +466,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
   LandmarkGradients<T, DK> gradients;
   // Of the only round into the partial sums, or a round's and a tile's added to them.
   const auto write = [&](const Group& group, bool set) {
-    T* dvalues = a.partials + chunk.index * a.partial_size;
+    T* dvalues = a.partials + shared.place->chunk * a.partial_size;
     T* dlandmarks = dvalues + static_cast<int64_t>(m) * channels;
     Vector<T, DK> sums[kGroup];
     gradients.finish(sums);
@@ -472,7 +477,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
   for (int tile = 0;; ++tile) {
     const auto [first, count] = chunk.tile<kTokens<T>>(tile);
     if (count <= 0) break;
-    const Head head = block_head.again();
+    const Head head = shared.place->head;
     __syncthreads();
     load_tokens<T, DK>(RowsOf<S, DK>::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
     load_tokens<T, DK>(RowsOf<S, DK>::of(a.grad, head).from(first), count, T{0}, shared.grads);
@@ -580,8 +585,9 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     store_tokens<T, DK>(same.dqueries, RowsOf<S, DK>::of(a.dq, head).from(first), count);
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
-  put_sum<T, DK>(shared.grad_sum, channels,
-                 a.partials + chunk.index * a.partial_size + 2 * static_cast<int64_t>(m) * channels + m);
+  put_sum<T, DK>(
+      shared.grad_sum, channels,
+      a.partials + shared.place->chunk * a.partial_size + 2 * static_cast<int64_t>(m) * channels + m);
 }
 
 // Backward, keys and values. A chunk's partial sums: the landmarks' gradient (m, channels).
@@ -599,12 +605,6 @@ struct KeyGradientArguments {
   LandmarkGradient<T> through_inverse;  // in the blocks behind the stream's
   unsigned stream_blocks;
   T share, weight_share;  // 1 / N and 2 / (N scale)
-};
-
-// Where a block reads and writes. In shared memory it is read again for each tile, and takes no registers.
-struct Place {
-  Head head;
-  int64_t chunk;
 };
 
 template <typename T, int DK>
@@ -640,8 +640,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
   }
   const KeyGradientMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const Chunk chunk = a.cut.of_block(blockIdx.x);
-  if (threadIdx.x == 0) *shared.place = {Head(a.k, chunk.head), chunk.index};
-  __syncthreads();
+  put_place(a.k, chunk, shared.place);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
   LandmarkGradients<T, DK> gradients;

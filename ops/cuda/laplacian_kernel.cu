@@ -12,32 +12,46 @@ struct ForwardArguments {
 };
 
 template <typename T, int DK>
+struct ForwardMemory {
+  Four<T>*tokens, *landmarks;
+  T* columns;
+  int64_t bytes;
+
+  template <typename L>
+  __host__ __device__ constexpr ForwardMemory(L layout, int groups, bool) {
+    tokens = layout.template tokens<T, DK>();
+    landmarks = layout.template landmarks<T, DK>(groups);
+    columns = layout.template columns<T>(groups);
+    bytes = layout.bytes;
+  }
+};
+
+template <typename T, int DK>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) forward(const ForwardArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  Four<T>* tokens = reinterpret_cast<Four<T>*>(memory);
-  Four<T>* landmarks = tokens + kQuads<DK> * kTokenStride<T>;
-  T* columns = reinterpret_cast<T*>(landmarks + a.groups_per_round * kGroup * kQuads<DK>);
+  const ForwardMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const int64_t head = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * kTokens<T>;
   const Rows x = Rows::of(a.x, head), y = Rows::of(a.y, head), out = Rows::of(a.out, head);
   const int m = static_cast<int>(a.y.size[2]),
             count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.x.size[2] - first));
   const int per_round = a.groups_per_round * kGroup;
-  load_tokens<T, DK>(x.from(first), count, -kFar<T>, tokens);
+  load_tokens<T, DK>(x.from(first), count, -kFar<T>, shared.tokens);
   for (int round = 0; round < a.rounds; ++round) {
     const Group group(round, a.groups_per_round, m);
-    load_landmarks<T, DK>(y, round * per_round, per_round, m, kFar<T>, landmarks);
+    load_landmarks<T, DK>(y, round * per_round, per_round, m, kFar<T>, shared.landmarks);
     __syncthreads();
     if (group.count > 0) {
       Columns<T> values;
-      kernel_columns<T, DK>(tokens, landmarks + group.row * kQuads<DK>, x.channels, a.scale.exponent, values);
-      put_columns<T>(values, columns + group.row * kColumnStride<T>);
+      kernel_columns<T, DK>(shared.tokens, shared.landmarks + group.row * kQuads<DK>, x.channels,
+                            a.scale.exponent, values);
+      put_columns<T>(values, shared.columns + group.row * kColumnStride<T>);
     }
     __syncthreads();
     const int width = min(per_round, m - round * per_round);
     for (int index = threadIdx.x; index < count * width; index += kThreads) {
       const int token = index / width, column = index % width;
       store<T>(out.at(first + token, round * per_round + column), out.dtype,
-               columns[column * kColumnStride<T> + token]);
+               shared.columns[column * kColumnStride<T> + token]);
     }
     __syncthreads();
   }
@@ -53,40 +67,52 @@ struct BackwardArguments {
 };
 
 template <typename T, int DK>
+struct BackwardMemory {
+  Place* place;
+  Four<T>*tokens, *dtokens, *landmarks;
+  T *columns, *totals;
+  int64_t bytes;
+
+  template <typename L>
+  __host__ __device__ constexpr BackwardMemory(L layout, int groups, bool) {
+    place = layout.template take<Place>(1);
+    tokens = layout.template tokens<T, DK>(), dtokens = layout.template tokens<T, DK>();
+    landmarks = layout.template landmarks<T, DK>(groups);
+    columns = layout.template columns<T>(groups), totals = layout.template totals<T>(groups);
+    bytes = layout.bytes;
+  }
+};
+
+template <typename T, int DK>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(const BackwardArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  Four<T>* tokens = reinterpret_cast<Four<T>*>(memory);
-  Four<T>* dtokens = tokens + kQuads<DK> * kTokenStride<T>;
-  Four<T>* landmarks = dtokens + kQuads<DK> * kTokenStride<T>;
-  T* columns = reinterpret_cast<T*>(landmarks + a.groups_per_round * kGroup * kQuads<DK>);
-  T* totals = columns + a.groups_per_round * kGroup * kColumnStride<T>;
-  const int lane = threadIdx.x % kWarp;
+  const BackwardMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const Chunk chunk = a.cut.of_block(blockIdx.x);
-  const int64_t head = chunk.head;
-  const Rows grad = Rows::of(a.grad, head), x = Rows::of(a.x, head), y = Rows::of(a.y, head),
-             dx = Rows::of(a.dx, head);
-  const int m = static_cast<int>(a.y.size[2]), per_round = a.groups_per_round * kGroup;
-  T* partial = a.partials + chunk.index * m * x.channels;
+  put_place(a.x, chunk, shared.place);
+  const int lane = threadIdx.x % kWarp, m = static_cast<int>(a.y.size[2]), channels = Rows::channels_of(a.x),
+            per_round = a.groups_per_round * kGroup;
   for (int tile = 0;; ++tile) {
     const auto [first, count] = chunk.tile<kTokens<T>>(tile);
     if (count <= 0) break;
+    const Head head = shared.place->head;
     __syncthreads();
-    load_tokens<T, DK>(x.from(first), count, -kFar<T>, tokens);
+    load_tokens<T, DK>(Rows::of(a.x, head).from(first), count, -kFar<T>, shared.tokens);
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
-      load_landmarks<T, DK>(y, round * per_round, per_round, m, kFar<T>, landmarks);
+      load_landmarks<T, DK>(Rows::of(a.y, head), round * per_round, per_round, m, kFar<T>, shared.landmarks);
+      const Rows grad = Rows::of(a.grad, head);
       const int width = min(per_round, m - round * per_round);
       for (int index = threadIdx.x; index < kTokens<T> * width; index += kThreads) {
         const int token = index / width, column = index % width;
-        columns[column * kColumnStride<T> + token] =
+        shared.columns[column * kColumnStride<T> + token] =
             token < count ? load<T>(grad.at(first + token, round * per_round + column), grad.dtype) : T{0};
       }
       __syncthreads();
-      T* own = columns + group.row * kColumnStride<T>;
+      T* own = shared.columns + group.row * kColumnStride<T>;
       if (group.count > 0) {
         Columns<T> values;
-        const unsigned pairs = kernel_columns<T, DK>(tokens, landmarks + group.row * kQuads<DK>, x.channels,
-                                                     a.scale.exponent, values);
+        const unsigned pairs = kernel_columns<T, DK>(shared.tokens, shared.landmarks + group.row * kQuads<DK>,
+                                                     channels, a.scale.exponent, values);
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
@@ -96,20 +122,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(con
           }
         }
         drop_coinciding<T>(pairs, values);
-        put_weights<T>(values, own, totals + group.row / kGroup * kColumnStride<T>);
+        put_weights<T>(values, own, shared.totals + group.row / kGroup * kColumnStride<T>);
         __syncwarp();
       }
       LandmarkGradients<T, DK> gradients;
-      sign_gradients<T, DK>(own, totals + group.row / kGroup * kColumnStride<T>, tokens,
-                            landmarks + group.row * kQuads<DK>, group.count > 0, round == 0, dtokens,
-                            gradients);
+      sign_gradients<T, DK>(own, shared.totals + group.row / kGroup * kColumnStride<T>, shared.tokens,
+                            shared.landmarks + group.row * kQuads<DK>, group.count > 0, round == 0,
+                            shared.dtokens, gradients);
       if (group.count > 0) {
         Vector<T, DK> sums[kGroup];
         gradients.finish(sums);
-        add_rows<T, DK>(sums, group, x.channels, tile == 0, partial);
+        add_rows<T, DK>(sums, group, channels, tile == 0, a.partials + shared.place->chunk * m * channels);
       }
     }
-    store_tokens<T, DK>(dtokens, dx.from(first), count);
+    store_tokens<T, DK>(shared.dtokens, Rows::of(a.dx, head).from(first), count);
   }
 }
 
@@ -201,10 +227,7 @@ void kernel_matrix(const Tensor& x, const Tensor& y, double scale, const Tensor&
   with_tiling(x, [&]<typename T, int DK>() {
     ForwardArguments<T> a{
         view(x), view(y), view(out), static_cast<T>(scale), 0, 0, (x.size(2) + kTokens<T> - 1) / kTokens<T>};
-    a.groups_per_round =
-        groups_that_fit(y.size(2), kTokenBytes<T, DK>, kLandmarkBytes<T, DK> + kColumnBytes<T>);
-    a.rounds = rounds_of(y.size(2), a.groups_per_round);
-    const int64_t bytes = kTokenBytes<T, DK> + a.groups_per_round * (kLandmarkBytes<T, DK> + kColumnBytes<T>);
+    const int64_t bytes = plan_rounds<ForwardMemory<T, DK>>(y.size(2), a);
     launch(forward<T, DK>, a.x.heads() * a.tiles, kThreads, bytes, x, a);
   });
 }
@@ -217,11 +240,8 @@ void kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& y, doub
     Tensor partials = empty({heads, cut.chunks, m, channels}, compute_type(x), x);
     BackwardArguments<T> a{view(grad), view(x), view(y), view(dx),         static_cast<T>(scale),
                            0,          0,       cut,     data<T>(partials)};
-    const int64_t fixed = 2 * kTokenBytes<T, DK>,
-                  per_group = kLandmarkBytes<T, DK> + kColumnBytes<T> + kTotalBytes<T>;
-    a.groups_per_round = groups_that_fit(m, fixed, per_group);
-    a.rounds = rounds_of(m, a.groups_per_round);
-    launch(backward<T, DK>, heads * cut.chunks, kThreads, fixed + a.groups_per_round * per_group, x, a);
+    const int64_t bytes = plan_rounds<BackwardMemory<T, DK>>(m, a);
+    launch(backward<T, DK>, heads * cut.chunks, kThreads, bytes, x, a);
     reduce<T>({.partials = data<T>(partials),
                .heads = heads,
                .chunks = cut.chunks,

@@ -620,35 +620,21 @@ __device__ inline void add_numbers(T sum, const Group& group, bool set, T* parti
   if (lane % 4 == 0 && lane / 4 < group.count) add_to(partial + group.first + lane / 4, set, sum);
 }
 
+// Where a block reads and writes. In shared memory it is read again for each tile, and takes no registers.
+struct Place {
+  Head head;
+  int64_t chunk;
+};
+
+__device__ inline void put_place(const View& view, const Chunk& chunk, Place* place) {
+  if (threadIdx.x == 0) *place = {Head(view, chunk.head), chunk.index};
+  __syncthreads();
+}
+
 // The chunks of (batch, heads, tokens, channels).
 template <typename T>
 Cut cut_of(const Tensor& tokens) {
   return Cut::of(tokens.size(0), tokens.size(1), tokens.size(2), kTokens<T>);
-}
-
-// Landmark groups in a round: as many as warps, or as shared memory has room for.
-inline int groups_that_fit(int64_t m, int64_t fixed_bytes, int64_t bytes_per_group) {
-  const int64_t groups = std::max<int64_t>(1, (m + kGroup - 1) / kGroup);
-  const int64_t fit = std::min<int64_t>((shared_memory_limit() - fixed_bytes) / bytes_per_group, kWarps);
-  STD_TORCH_CHECK(fit >= 1,
-                  "lf_dense: this GPU has too little shared memory for so many channels a head; use the "
-                  "backend 'reference'.");
-  const int64_t rounds = (groups + fit - 1) / fit;
-  return static_cast<int>((groups + rounds - 1) / rounds);
-}
-
-template <typename T, int DK>
-constexpr int64_t kTokenBytes = sizeof(Four<T>) * kQuads<DK> * kTokenStride<T>;
-template <typename T, int DK>
-constexpr int64_t kLandmarkBytes = sizeof(Four<T>) * kQuads<DK> * kGroup;
-template <typename T>
-constexpr int64_t kColumnBytes = sizeof(T) * kColumnStride<T> * kGroup;
-template <typename T>
-constexpr int64_t kTotalBytes = sizeof(T) * kColumnStride<T>;  // the weights' sums over a group
-
-inline int rounds_of(int64_t m, int groups_per_round) {
-  const int64_t groups = std::max<int64_t>(1, (m + kGroup - 1) / kGroup);
-  return static_cast<int>((groups + groups_per_round - 1) / groups_per_round);
 }
 
 // A kernel's shared memory, one array after another. The description that a kernel takes its arrays from
@@ -694,17 +680,27 @@ using Measure = SharedMemoryOf<true>;  // for the bytes alone
 template <typename Memory>
 constexpr bool kTwoBlocksFit = Memory(Measure{}, 7, false).bytes <= 164 / 2 * 1024 - 1024;
 
-// Sets the rounds over the landmarks, one if shared memory allows it; gives the bytes that a block needs.
+// Sets the rounds over the landmarks, one if warps and shared memory allow it, else as few as they allow with
+// as many groups in each; gives the bytes that a block needs.
 template <typename Memory, typename Arguments>
 int64_t plan_rounds(int64_t m, Arguments& arguments) {
-  const auto bytes = [](int groups, bool several) { return Memory(Measure{}, groups, several).bytes; };
-  const int all = static_cast<int>(std::max<int64_t>(1, (m + kGroup - 1) / kGroup));
-  arguments.groups_per_round = all, arguments.rounds = 1;
-  if (all > kWarps || bytes(all, false) > shared_memory_limit()) {
-    arguments.groups_per_round = groups_that_fit(m, bytes(0, true), bytes(1, true) - bytes(0, true));
-    arguments.rounds = rounds_of(m, arguments.groups_per_round);
+  const auto bytes = [](int64_t groups, bool several) {
+    return Memory(Measure{}, static_cast<int>(groups), several).bytes;
+  };
+  const int64_t groups = std::max<int64_t>(1, (m + kGroup - 1) / kGroup), limit = shared_memory_limit();
+  int64_t rounds = 1;
+  if (groups > kWarps || bytes(groups, false) > limit) {
+    const int64_t fixed = bytes(0, true), per_group = bytes(1, true) - fixed,
+                  fit = std::min<int64_t>((limit - fixed) / per_group, kWarps);
+    STD_TORCH_CHECK(fit >= 1,
+                    "lf_dense: this GPU has too little shared memory for so many channels a head; use the "
+                    "backend 'reference'.");
+    rounds = (groups + fit - 1) / fit;
   }
-  return bytes(arguments.groups_per_round, arguments.rounds > 1);
+  const int64_t together = (groups + rounds - 1) / rounds;
+  arguments.groups_per_round = static_cast<int>(together);
+  arguments.rounds = static_cast<int>((groups + together - 1) / together);
+  return bytes(together, arguments.rounds > 1);
 }
 
 // Calls run<T, DK>() for the tensors' compute type and channels.
