@@ -9,22 +9,11 @@
 
 namespace lf {
 
-struct Span {
-  int64_t first;
-  int count;
-};
-
 // One block's share of a head.
 struct Chunk {
   int64_t index;  // of the partial sums, head by head
-  int head, first_tile, tokens;
-
-  // The tokens of a tile; the chunk ends before the first tile without any.
-  template <int tile_tokens>
-  LF_HOST_DEVICE Span tile(int number) const {
-    const int left = tokens - number * tile_tokens;
-    return {static_cast<int64_t>(first_tile + number) * tile_tokens, left < tile_tokens ? left : tile_tokens};
-  }
+  int64_t first;  // token
+  int head, tokens;
 };
 
 // Batches up to this many images are cut as one image is: an image's bits are the same in all of them.
@@ -60,8 +49,7 @@ struct Cut {
   // Blocks take a chunk of every head before the next chunk, so that the shorter ones come last.
   LF_HOST_DEVICE Chunk of_block(int block) const {
     const int head = block % heads, chunk = block / heads;
-    return {int64_t{head} * chunks + chunk, head, static_cast<int>(first_tile(chunk)),
-            static_cast<int>(chunk_tokens(chunk))};
+    return {int64_t{head} * chunks + chunk, first_token(chunk), head, static_cast<int>(chunk_tokens(chunk))};
   }
 
   static Cut of(int64_t batch, int64_t heads, int64_t tokens, int tile_tokens) {

@@ -9,10 +9,22 @@ namespace lf {
 // Numbers of an inverse that a block keeps in shared memory: all of them, or none where they are many.
 LF_HOST_DEVICE constexpr int kept_inverse(int m) { return m <= 64 ? m * m : 0; }
 
-// Begins to read it; a barrier has to follow.
-template <typename T>
+// A barrier has to follow. Many numbers are read before any is kept, since they come from far away.
+template <int threads, typename T>
 __device__ inline void keep_inverse(const T* inverse, int m, T* kept) {
-  for (int index = threadIdx.x; index < kept_inverse(m); index += blockDim.x) kept[index] = inverse[index];
+  constexpr int kAtOnce = (49 * 49 + threads - 1) / threads;
+  const int size = kept_inverse(m);
+  for (int first = threadIdx.x; first < size; first += kAtOnce * threads) {
+    T values[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (first + u * threads < size) values[u] = inverse[first + u * threads];
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (first + u * threads < size) kept[first + u * threads] = values[u];
+    }
+  }
 }
 
 // out = A x or A^T x, for `width` columns x in shared memory, four apart; the whole block.
@@ -64,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) multiply_by_inverse(const InversePro
   const T* from =
       for_column ? a.column + head * a.column_stride : a.matrix + head * a.matrix_stride + channel;
   const T* inverse = a.inverse + head * a.m * a.m;
-  keep_inverse<T>(inverse, a.m, kept);
+  keep_inverse<kThreads>(inverse, a.m, kept);
   for (int index = threadIdx.x; index < a.m * width; index += kThreads)
     x[index / width * 4 + index % width] = from[index / width * stride + index % width];
   __syncthreads();

@@ -34,24 +34,34 @@ struct Points {
       : stride((channels + 3) / 4 | 1), count((m + 3) / 4 * 4 * stride) {}
 };
 
-// (kappa(L, L) + eps I)^-1 of one head.
-template <typename T, int Fixed>
+// (kappa(L, L) + eps I)^-1 of one head, whose landmarks are R.
+template <typename R, int Fixed, typename T>
 __device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, unsigned char* memory) {
-  const Rows landmarks = Rows::of(a.landmarks, head);
+  const R landmarks = R::of(a.landmarks, Head(a.landmarks, head));
   const int m = Fixed ? Fixed : static_cast<int>(a.landmarks.size[2]), side = padded_to_four(m),
-            quads = (landmarks.channels + 3) / 4;
-  const Points points(m, landmarks.channels);
+            channels = R::channels_of(a.landmarks), quads = (channels + 3) / 4;
+  const Points points(m, channels);
   const SolverLayout<T> layout(m, a.iters, 4 * points.count);
   Four<T>* from = reinterpret_cast<Four<T>*>(layout.buffers.in(memory));
-  for (int index = threadIdx.x; index < side * quads; index += kThreads) {
-    const int row = index / quads, quad = index % quads;
-    Four<T> value = {};
-    if (row < m) value = landmarks.four<T>(row, 4 * quad);
-    from[row * points.stride + quad] = value;
+  // Several at once, since each comes from far away.
+  constexpr int kAtOnce = 4;
+  for (int first = threadIdx.x; first < side * quads; first += kAtOnce * kThreads) {
+    Four<T> values[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int index = first + u * kThreads;
+      values[u] = {};
+      if (index < m * quads) values[u] = landmarks.template four<T>(index / quads, 4 * (index % quads));
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int index = first + u * kThreads;
+      if (index < side * quads) from[index / quads * points.stride + index % quads] = values[u];
+    }
   }
   __syncthreads();
   T* matrix = layout.matrix.in(memory);
-  for_each_tile<true>(side, [&](const PairTile& tile, bool active) {
+  Tiles<4, true, Fixed>(side).each([&](const PairTile<4>& tile) {
     T sum[4][4] = {};
 #pragma unroll 1
     for (int quad = tile.half; quad < quads; quad += 2) {
@@ -70,8 +80,7 @@ __device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, unsign
         }
       }
     }
-    add_pair(sum);
-    if (!active) return;
+    add_pair<4>(sum);
     Four<T> rows[2];
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
@@ -109,19 +118,21 @@ static_assert(kTwoBlocksFit<KeyMemory<float, 2>>);
 
 template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(const KeyArguments<T> a) {
+  using Read = RowsOf<S, DK>;
   LF_SHARED_MEMORY(memory);
   // A solver is every other block until all heads have theirs: of few heads they start at once, and many do
   // not keep the stream waiting.
   const int block = static_cast<int>(blockIdx.x), solvers_before = min(a.solver_blocks, (block + 1) / 2);
   if (block % 2 == 0 && block / 2 < a.solver_blocks) {
     const bool usual = a.landmarks.size[2] == kUsualLandmarks;
-    usual ? solve_head<T, kUsualLandmarks>(a, block / 2, memory) : solve_head<T, 0>(a, block / 2, memory);
+    usual ? solve_head<Read, kUsualLandmarks>(a, block / 2, memory)
+          : solve_head<Read, 0>(a, block / 2, memory);
     return;
   }
   const KeyMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const Chunk chunk = a.cut.of_block(block - solvers_before);
   put_place(a.k, chunk, shared.place);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.k),
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = Read::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
   Four<T> sum[kGroup] = {};
   T kernel_sum[kGroup] = {};
@@ -132,29 +143,36 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
     add_numbers<T>(sums_by_landmark<T>(kernel_sum), group, set,
                    sums + static_cast<int64_t>(m + 2) * channels);
   };
-  for (int tile = 0;; ++tile) {
-    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
-    if (count <= 0) break;
+  // Rows of any strides leave no register for it.
+  const auto tokens = [&] { return kOneByOne<Read> ? shared.place->tokens : chunk.tokens; };
+  for (int done = 0; done < tokens(); done += kTokens<T>) {
+    const int64_t first = shared.place->first + done;
+    const int count = min(tokens() - done, kTokens<T>);
+    const bool begins = done == 0;
     const Head head = shared.place->head;
     __syncthreads();
-    load_tokens<T, DK>(RowsOf<S, DK>::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
+    const auto load_round = [&](int round) {
+      const LandmarkRows<T, DK, Read> landmarks(Read::of(a.landmarks, head),
+                                                {round * per_round, per_round, m}, kFar<T>);
+      landmarks.put(shared.landmarks);
+    };
     {
-      OwnQuads<T, DK> values;
-      read_tokens<T, DK>(RowsOf<S, DK>::of(a.v, head).from(first), count, T{0}, shared.values, values);
+      OwnQuads<T, DK> keys, values;
+      read_tokens<T, DK>(Read::of(a.k, head).from(first), count, -kFar<T>, shared.keys, keys);
+      read_tokens<T, DK>(Read::of(a.v, head).from(first), count, T{0}, shared.values, values);
+      if (begins || a.rounds > 1) load_round(0);
+      if constexpr (!kOneByOne<Read>) put_tokens<T, DK>(keys, shared.keys);
       const Four<T> shift =
-          tile == 0 ? mean_of_tokens<T, DK>(values, count, shared.parts) : shared.shift[own_quad<DK>()];
-      if (tile == 0 && threadIdx.x < kQuads<DK>) shared.shift[threadIdx.x] = shift;
+          begins ? mean_of_tokens<T, DK>(values, count, shared.parts) : shared.shift[own_quad<DK>()];
+      if (begins && threadIdx.x < kQuads<DK>) shared.shift[threadIdx.x] = shift;
       subtract<T, DK>(shift, count, values);
       put_tokens<T, DK>(values, shared.values);
     }
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
-      if (round > 0) __syncthreads();
-      if (tile == 0 || a.rounds > 1)
-        load_landmarks<T, DK>(RowsOf<S, DK>::of(a.landmarks, head), round * per_round, per_round, m, kFar<T>,
-                              shared.landmarks);
+      if (round > 0) __syncthreads(), load_round(round);
       __syncthreads();
-      if (round == 0) add_tokens<T, DK>(shared.values, tile == 0, shared.deviation);
+      if (round == 0) add_tokens<T, DK>(shared.values, begins, shared.deviation);
       if (group.count == 0) continue;
       Columns<T> kernel;
       kernel_columns<T, DK>(shared.keys, shared.landmarks + group.row * kQuads<DK>, channels,
@@ -170,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
       sum_over_tokens<T, DK>(own, shared.values, sum);
       __syncwarp();
       if (a.rounds > 1) {
-        write(group, tile == 0);
+        write(group, begins);
         clear(sum), clear(kernel_sum);
       }
     }
@@ -181,11 +199,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   put_sum<T, DK>(shared.deviation, channels, shift_sums + channels);
 }
 
-constexpr int kFinishThreads = 1024;
-constexpr int kFinishSlices = kFinishThreads / 64;
-
 // The chunks' sums added up, four channels of one head a block and one more block a head for the mass: the
-// mean of V, P, p, U = A P, t = A p.
+// mean of V, P, p, U = A P, t = A p. Every 64 threads take a slice of the chunks.
 template <typename T>
 struct FinishArguments {
   const T *partials, *inverse;
@@ -205,18 +220,19 @@ struct FinishLayout {
   Piece<T> result;        // (m, 4)
   Piece<T> inverse;
 
-  LF_HOST_DEVICE constexpr explicit FinishLayout(int m)
-      : wide(layout.add<double>(4 * kFinishThreads / kWarp)),
+  LF_HOST_DEVICE constexpr FinishLayout(int m, int threads)
+      : wide(layout.add<double>(4 * threads / kWarp)),
         mean(layout.add<Four<T>>(1)),
-        slices(layout.add<Four<T>>(kFinishThreads)),
+        slices(layout.add<Four<T>>(threads)),
         result(layout.add<T>(4 * m)),
         inverse(layout.add<T>(kept_inverse(m))) {}
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArguments<T> a) {
+template <typename T, int kSlices>
+__global__ void __launch_bounds__(64 * kSlices) finish_keys(const FinishArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  const FinishLayout<T> at(a.m);
+  constexpr int threads = 64 * kSlices;
+  const FinishLayout<T> at(a.m, threads);
   double* wide = at.wide.in(memory);
   Four<T>*slices = at.slices.in(memory), &mean = *at.mean.in(memory);
   T* result = at.result.in(memory);
@@ -228,16 +244,17 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
   const int64_t shift_at = static_cast<int64_t>(a.m) * a.channels + channel,
                 deviation_at = shift_at + a.channels, mass_at = static_cast<int64_t>(a.m + 2) * a.channels;
   const T* inverse = a.inverse + head * a.m * a.m;
-  keep_inverse<T>(inverse, a.m, at.inverse.in(memory));
+  const auto read = [&](const T* four) {
+    return a.channels % 4 == 0 ? vector_at<4>(four) : read_quad<T>(four, 0, width);
+  };
   if (!for_mass) {
     double own[4] = {};
-    for (int chunk = threadIdx.x; chunk < chunks; chunk += kFinishThreads) {
+    for (int chunk = threadIdx.x; chunk < chunks; chunk += threads) {
       const double tokens = static_cast<double>(a.cut.chunk_tokens(chunk));
       const T* from = partials + chunk * a.partial_size;
+      const Four<T> shift = read(from + shift_at), deviation = read(from + deviation_at);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        if (c < width) own[c] += tokens * from[shift_at + c] + from[deviation_at + c];
-      }
+      for (int c = 0; c < 4; ++c) own[c] += tokens * shift.at[c] + deviation.at[c];
     }
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -247,12 +264,13 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < 4) {
       double all = 0;
-      for (int w = 0; w < kFinishThreads / kWarp; ++w) all += wide[4 * w + threadIdx.x];
+      for (int w = 0; w < threads / kWarp; ++w) all += wide[4 * w + threadIdx.x];
       mean.at[threadIdx.x] = static_cast<T>(all / n);
       if (static_cast<int>(threadIdx.x) < width)
         a.mean_value[head * a.channels + channel + threadIdx.x] = mean.at[threadIdx.x];
     }
   }
+  keep_inverse<threads>(inverse, a.m, at.inverse.in(memory));
   __syncthreads();
   const int slice = threadIdx.x / 64;
   for (int first = 0; first < a.m; first += 64) {
@@ -260,12 +278,12 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
     const int j = min(first + static_cast<int>(threadIdx.x) % 64, a.m - 1);
     Four<T> sum = {};
     const T* from = partials + slice * a.partial_size;
-    const int64_t step = kFinishSlices * a.partial_size;
+    const int64_t step = kSlices * a.partial_size;
     const auto add_chunks = [&](auto read) {
       const Four<T> whole_mean = mean;
       const int64_t own_at = static_cast<int64_t>(j) * a.channels + channel;
 #pragma unroll 2
-      for (int chunk = slice; chunk < chunks; chunk += kFinishSlices, from += step) {
+      for (int chunk = slice; chunk < chunks; chunk += kSlices, from += step) {
         const T chunk_mass = from[mass_at + j];
         const Four<T> own = read(from + own_at), shift = read(from + shift_at);
 #pragma unroll
@@ -274,8 +292,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
     };
     if (for_mass) {
 #pragma unroll 4
-      for (int chunk = slice; chunk < chunks; chunk += kFinishSlices, from += step)
-        sum.at[0] += from[mass_at + j];
+      for (int chunk = slice; chunk < chunks; chunk += kSlices, from += step) sum.at[0] += from[mass_at + j];
     } else if (a.channels % 4 == 0) {
       add_chunks([](const T* quad) { return vector_at<4>(quad); });
     } else {
@@ -290,7 +307,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys(const FinishArgume
       if (landmark < a.m && c < width) {
         T all = 0;
 #pragma unroll
-        for (int s = 0; s < kFinishSlices; ++s) all += slices[64 * s + row].at[c];
+        for (int s = 0; s < kSlices; ++s) all += slices[64 * s + row].at[c];
         const T value = all / static_cast<T>(n);
         result[4 * landmark + c] = value;
         T* saved = for_mass ? a.mass + head * a.m + landmark
@@ -348,31 +365,40 @@ static_assert(kTwoBlocksFit<QueryMemory<float, 2>>);
 template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
     stream_queries(const QueryArguments<T> a) {
+  using Read = RowsOf<S, DK>;
   LF_SHARED_MEMORY(memory);
   const QueryMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Chunk chunk = a.cut.of_block(blockIdx.x);
   put_place(a.q, chunk, shared.place);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.q),
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = Read::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
-  for (int tile = 0;; ++tile) {
-    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
-    if (count <= 0) break;
+  for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
+    const int64_t first = shared.place->first + done;
+    const int count = min(chunk.tokens - done, kTokens<T>);
+    const bool begins = done == 0;
     const Head head = shared.place->head;
     __syncthreads();
-    load_tokens<T, DK>(RowsOf<S, DK>::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
+    const auto load_round = [&](int round) {
+      const Landmarks which{round * per_round, per_round, m};
+      const LandmarkRows<T, DK, Read> landmarks(Read::of(a.landmarks, head), which, kFar<T>);
+      using Matrix = MatrixOf<T, S, DK>;
+      const LandmarkRows<T, DK, Matrix> pooled(
+          Matrix::of(a.pooled_values + head.start(m * channels), channels), which, T{0});
+      const LandmarkNumbers<T> pooled_mass(a.pooled_mass + head.start(m), which);
+      landmarks.put(shared.landmarks), pooled.put(shared.pooled), pooled_mass.put(shared.pooled_mass);
+    };
+    {
+      OwnQuads<T, DK> queries;
+      read_tokens<T, DK>(Read::of(a.q, head).from(first), count, -kFar<T>, shared.queries, queries);
+      if (begins || a.rounds > 1) load_round(0);
+      if constexpr (!kOneByOne<Read>) put_tokens<T, DK>(queries, shared.queries);
+    }
     T mass[kPerLane<T>] = {};
     Four<T> sum[kOwnOfShare<T, DK>] = {};
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
-      if (round > 0) __syncthreads();
-      if (tile == 0 || a.rounds > 1) {
-        const auto l = RowsOf<S, DK>::of(a.landmarks, head);
-        const auto u = MatrixOf<T, S, DK>::of(a.pooled_values + head.start(m * channels), channels);
-        load_landmarks<T, DK>(l, round * per_round, per_round, m, kFar<T>, shared.landmarks);
-        load_landmarks<T, DK>(u, round * per_round, per_round, m, T{0}, shared.pooled);
-        load_numbers<T>(a.pooled_mass + head.start(m), round * per_round, per_round, m, shared.pooled_mass);
-      }
+      if (round > 0) __syncthreads(), load_round(round);
       __syncthreads();
       if (group.count > 0) {
         Columns<T> kernel;
@@ -407,8 +433,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
 #pragma unroll
       for (int u = 0; u < 4; ++u) sum[i].at[u] = sum[i].at[u] * reciprocal + mean.at[u];
     }
-    put_rows<T, DK>(sum, RowsOf<S, DK>::of(a.out, head).from(first), first_own_token<T, DK>(), count,
-                    shared.queries);
+    put_rows<T, DK>(sum, Read::of(a.out, head).from(first), first_own_token<T, DK>(), count, shared.queries);
   }
 }
 
@@ -454,12 +479,13 @@ static_assert(kTwoBlocksFit<QueryGradientMemory<float, 2>>);
 template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     query_gradients(const QueryGradientArguments<T> a) {
+  using Read = RowsOf<S, DK>;
   LF_SHARED_MEMORY(memory);
   const QueryGradientMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Chunk chunk = a.cut.of_block(blockIdx.x);
   put_place(a.q, chunk, shared.place);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.q),
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = Read::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
   Vector<T, DK> value_sum[kGroup] = {};
   T mass_sum = 0;
@@ -474,13 +500,14 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     add_rows<T, DK>(sums, group, channels, set, dlandmarks);
     add_numbers<T>(mass_sum, group, set, dlandmarks + static_cast<int64_t>(m) * channels);
   };
-  for (int tile = 0;; ++tile) {
-    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
-    if (count <= 0) break;
+  for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
+    const int64_t first = shared.place->first + done;
+    const int count = min(chunk.tokens - done, kTokens<T>);
+    const bool begins = done == 0;
     const Head head = shared.place->head;
     __syncthreads();
-    load_tokens<T, DK>(RowsOf<S, DK>::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
-    load_tokens<T, DK>(RowsOf<S, DK>::of(a.grad, head).from(first), count, T{0}, shared.grads);
+    load_tokens<T, DK>(Read::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
+    load_tokens<T, DK>(Read::of(a.grad, head).from(first), count, T{0}, shared.grads);
 
     // Once over the landmarks for the mass under each query and its gradient; with one round its columns stay
     // in registers.
@@ -488,11 +515,13 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     unsigned pairs = 0;
     T mass[kPerLane<T>] = {}, dmass[kPerLane<T>] = {};
     const auto load_round = [&](int round) {
-      const auto l = RowsOf<S, DK>::of(a.landmarks, head);
-      const auto u = MatrixOf<T, S, DK>::of(a.pooled_values + head.start(m * channels), channels);
-      load_landmarks<T, DK>(l, round * per_round, per_round, m, kFar<T>, shared.landmarks);
-      load_landmarks<T, DK>(u, round * per_round, per_round, m, T{0}, shared.pooled);
-      load_numbers<T>(a.pooled_mass + head.start(m), round * per_round, per_round, m, shared.pooled_mass);
+      const Landmarks which{round * per_round, per_round, m};
+      const LandmarkRows<T, DK, Read> landmarks(Read::of(a.landmarks, head), which, kFar<T>);
+      using Matrix = MatrixOf<T, S, DK>;
+      const LandmarkRows<T, DK, Matrix> pooled(
+          Matrix::of(a.pooled_values + head.start(m * channels), channels), which, T{0});
+      const LandmarkNumbers<T> pooled_mass(a.pooled_mass + head.start(m), which);
+      landmarks.put(shared.landmarks), pooled.put(shared.pooled), pooled_mass.put(shared.pooled_mass);
     };
     const auto compute_columns = [&](const Group& group) {
       pairs = kernel_columns<T, DK>(shared.queries, shared.landmarks + again(group.row) * kQuads<DK>,
@@ -502,9 +531,9 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
       if (round > 0) __syncthreads();
-      if (tile == 0 || a.rounds > 1) load_round(round);
+      if (begins || a.rounds > 1) load_round(round);
       __syncthreads();
-      if (round == 0) add_tokens<T, DK>(shared.grads, tile == 0, shared.grad_sum);
+      if (round == 0) add_tokens<T, DK>(shared.grads, begins, shared.grad_sum);
       if (group.count == 0) continue;
       compute_columns(group);
 #pragma unroll
@@ -577,12 +606,12 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
       sign_gradients<T, DK>(own, totals, shared.queries, shared.landmarks + group.row * kQuads<DK>,
                             group.count > 0, round == 0, shared.dqueries, gradients);
       if (a.rounds > 1) {
-        write(group, tile == 0);
+        write(group, begins);
         gradients = {}, clear(value_sum), mass_sum = 0;
       }
     }
     const QueryGradientMemory<T, DK> same(SharedMemory{memory}, again(a.groups_per_round), a.rounds > 1);
-    store_tokens<T, DK>(same.dqueries, RowsOf<S, DK>::of(a.dq, head).from(first), count);
+    store_tokens<T, DK>(same.dqueries, Read::of(a.dq, head).from(first), count);
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
   put_sum<T, DK>(
@@ -633,6 +662,7 @@ static_assert(kTwoBlocksFit<KeyGradientMemory<float, 2>>);
 template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     key_gradients(const KeyGradientArguments<T> a) {
+  using Read = RowsOf<S, DK>;
   LF_SHARED_MEMORY(memory);
   if (blockIdx.x >= a.stream_blocks) [[unlikely]] {
     landmark_gradient<T, DK>(a.through_inverse, blockIdx.x - a.stream_blocks, memory);
@@ -641,7 +671,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
   const KeyGradientMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const Chunk chunk = a.cut.of_block(blockIdx.x);
   put_place(a.k, chunk, shared.place);
-  const int m = static_cast<int>(a.landmarks.size[2]), channels = RowsOf<S, DK>::channels_of(a.k),
+  const int m = static_cast<int>(a.landmarks.size[2]), channels = Read::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
   LandmarkGradients<T, DK> gradients;
   // Of the only round into the partial sums, or a round's and a tile's added to them.
@@ -650,28 +680,31 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     gradients.finish(sums);
     add_rows<T, DK>(sums, group, channels, set, a.partials + shared.place->chunk * m * channels);
   };
-  for (int tile = 0;; ++tile) {
-    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
-    if (count <= 0) break;
+  for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
+    const int64_t first = shared.place->first + done;
+    const int count = min(chunk.tokens - done, kTokens<T>);
+    const bool begins = done == 0;
     const Head head = shared.place->head;
     __syncthreads();
-    load_tokens<T, DK>(RowsOf<S, DK>::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
+    load_tokens<T, DK>(Read::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
     {
       OwnQuads<T, DK> values;
-      read_tokens<T, DK>(RowsOf<S, DK>::of(a.v, head).from(first), count, T{0}, shared.values, values);
+      read_tokens<T, DK>(Read::of(a.v, head).from(first), count, T{0}, shared.values, values);
       subtract<T, DK>(read_quad<T>(a.mean_value + head.start(channels), own_quad<DK>(), channels), count,
                       values);
       put_tokens<T, DK>(values, shared.values);
     }
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
-      if (tile == 0 || a.rounds > 1) {
-        const auto l = RowsOf<S, DK>::of(a.landmarks, head);
-        const auto dsums = MatrixOf<T, S, DK>::of(a.dsums + head.start(m * channels), channels);
-        load_landmarks<T, DK>(l, round * per_round, per_round, m, kFar<T>, shared.landmarks);
-        load_landmarks<T, DK>(dsums, round * per_round, per_round, m, T{0}, shared.dsums);
-        load_numbers<T>(a.mass + head.start(m), round * per_round, per_round, m, shared.mass);
-        load_numbers<T>(a.dmass + head.start(m), round * per_round, per_round, m, shared.dmass);
+      if (begins || a.rounds > 1) {
+        const Landmarks which{round * per_round, per_round, m};
+        const LandmarkRows<T, DK, Read> landmarks(Read::of(a.landmarks, head), which, kFar<T>);
+        using Matrix = MatrixOf<T, S, DK>;
+        const LandmarkRows<T, DK, Matrix> dsums(Matrix::of(a.dsums + head.start(m * channels), channels),
+                                                which, T{0});
+        const LandmarkNumbers<T> mass(a.mass + head.start(m), which), dmass(a.dmass + head.start(m), which);
+        landmarks.put(shared.landmarks), dsums.put(shared.dsums);
+        mass.put(shared.mass), dmass.put(shared.dmass);
       }
       __syncthreads();
       T *own = shared.columns + group.row * kColumnStride<T>,
@@ -718,7 +751,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
 #pragma unroll
             for (int u = 0; u < 4; ++u) dvalues[i].at[u] += grad_sum.at[u] * a.share;
           }
-          put_rows<T, DK>(dvalues, RowsOf<S, DK>::of(a.dv, head).from(first), first_own_token<T, DK>(), count,
+          put_rows<T, DK>(dvalues, Read::of(a.dv, head).from(first), first_own_token<T, DK>(), count,
                           shared.values);
         }
       }
@@ -730,12 +763,12 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
       sign_gradients<T, DK>(own, totals, shared.keys, shared.landmarks + group.row * kQuads<DK>,
                             group.count > 0, round == 0, shared.dkeys, gradients);
       if (a.rounds > 1) {
-        write(group, tile == 0);
+        write(group, begins);
         gradients = {};
       }
     }
     const KeyGradientMemory<T, DK> same(SharedMemory{memory}, again(a.groups_per_round), a.rounds > 1);
-    store_tokens<T, DK>(same.dkeys, RowsOf<S, DK>::of(a.dk, head).from(first), count);
+    store_tokens<T, DK>(same.dkeys, Read::of(a.dk, head).from(first), count);
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
 }
@@ -784,8 +817,11 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
                                   data<T>(results.mean_value),
                                   pooled_values,
                                   pooled_mass};
-  const int64_t finish_bytes = FinishLayout<T>(static_cast<int>(m)).layout.bytes;
-  launch(finish_keys<T>, heads * ((channels + 3) / 4 + 1), kFinishThreads, finish_bytes, q, finish);
+  const auto launch_finish = [&]<int kSlices>() {
+    const int64_t bytes = FinishLayout<T>(static_cast<int>(m), 64 * kSlices).layout.bytes;
+    launch(finish_keys<T, kSlices>, heads * ((channels + 3) / 4 + 1), 64 * kSlices, bytes, q, finish);
+  };
+  cut.chunks <= 16 ? launch_finish.template operator()<4>() : launch_finish.template operator()<16>();
 
   QueryArguments<T> queries{
       view(q), view(landmarks), view(results.out), static_cast<T>(scale),      static_cast<T>(tau), 0, 0,

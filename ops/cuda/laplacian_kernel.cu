@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) forward(cons
   load_tokens<T, DK>(x.from(first), count, -kFar<T>, shared.tokens);
   for (int round = 0; round < a.rounds; ++round) {
     const Group group(round, a.groups_per_round, m);
-    load_landmarks<T, DK>(y, round * per_round, per_round, m, kFar<T>, shared.landmarks);
+    const LandmarkRows<T, DK, Rows> landmarks(y, {round * per_round, per_round, m}, kFar<T>);
+    landmarks.put(shared.landmarks);
     __syncthreads();
     if (group.count > 0) {
       Columns<T> values;
@@ -91,15 +92,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(con
   put_place(a.x, chunk, shared.place);
   const int lane = threadIdx.x % kWarp, m = static_cast<int>(a.y.size[2]), channels = Rows::channels_of(a.x),
             per_round = a.groups_per_round * kGroup;
-  for (int tile = 0;; ++tile) {
-    const auto [first, count] = chunk.tile<kTokens<T>>(tile);
-    if (count <= 0) break;
+  for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
+    const int64_t first = shared.place->first + done;
+    const int count = min(chunk.tokens - done, kTokens<T>);
+    const bool begins = done == 0;
     const Head head = shared.place->head;
     __syncthreads();
     load_tokens<T, DK>(Rows::of(a.x, head).from(first), count, -kFar<T>, shared.tokens);
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
-      load_landmarks<T, DK>(Rows::of(a.y, head), round * per_round, per_round, m, kFar<T>, shared.landmarks);
+      const LandmarkRows<T, DK, Rows> landmarks(Rows::of(a.y, head), {round * per_round, per_round, m},
+                                                kFar<T>);
+      landmarks.put(shared.landmarks);
       const Rows grad = Rows::of(a.grad, head);
       const int width = min(per_round, m - round * per_round);
       for (int index = threadIdx.x; index < kTokens<T> * width; index += kThreads) {
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(con
       if (group.count > 0) {
         Vector<T, DK> sums[kGroup];
         gradients.finish(sums);
-        add_rows<T, DK>(sums, group, channels, tile == 0, a.partials + shared.place->chunk * m * channels);
+        add_rows<T, DK>(sums, group, channels, begins, a.partials + shared.place->chunk * m * channels);
       }
     }
     store_tokens<T, DK>(shared.dtokens, Rows::of(a.dx, head).from(first), count);

@@ -41,58 +41,100 @@ __device__ inline T step_factor(T bound, double eps, int step) {
 
 // The default grid of 7 x 7 landmarks has code of its own, with loops and addresses known to the compiler.
 constexpr int kUsualLandmarks = 49;
+// Of its products a thread takes more rows, so that shared memory keeps up with the arithmetic.
+template <int Fixed>
+constexpr int kTileRows = Fixed == kUsualLandmarks ? 7 : 4;
 
-// 4 x 4 results of a product, for a pair of neighbouring lanes that take every other four of its depth.
+// R x 4 results of a product, for a pair of neighbouring lanes that take every other four of its depth. Each
+// lane writes half of the rows; the middle one of an odd number is the first lane's.
+template <int R>
 struct PairTile {
+  static constexpr int kOwn = R / 2, kKept = R - R / 2;
   int row, column, half;
+  bool active;  // inactive lanes only take part in shuffles
 
-  // Tiles row by row, or those on and above the diagonal, column by column.
-  template <bool kUpper>
-  __device__ static PairTile of(int item, int tiles_a_side) {
-    const int tile = item / 2;
-    int tile_row = tile / tiles_a_side, tile_column = tile % tiles_a_side;
-    if (kUpper) {
-      tile_column = static_cast<int>((sqrtf(8.0f * static_cast<float>(tile) + 1.0f) - 1.0f) * 0.5f);
-      tile_column += (tile_column + 1) * (tile_column + 2) / 2 <= tile;
-      tile_column -= tile_column * (tile_column + 1) / 2 > tile;
-      tile_row = tile - tile_column * (tile_column + 1) / 2;
-    }
-    return {4 * tile_row, 4 * tile_column, item % 2};
+  // The row of the pair's sum u: each lane's own come first, then the middle one, then the other lane's.
+  __device__ int row_of(int u) const {
+    const int across = kKept * half;
+    return row + (u < kOwn ? u + across : u < kKept ? u : u - across);
   }
-  // The row of the pair's sum u: each lane's own two, which it will write, come first.
-  __device__ int row_of(int u) const { return row + (u ^ (2 * half)); }
+  __device__ bool writes(int u) const { return active && (u < kOwn || half == 0); }
 };
 
-// Calls visit(tile, active) for every tile, by whole warps: the inactive lanes only take part in shuffles.
-template <bool kUpper, typename Visit>
-__device__ inline void for_each_tile(int side, Visit visit) {
-  const int tiles = side / 4, items = kUpper ? tiles * (tiles + 1) : 2 * tiles * tiles;
-  for (int first = threadIdx.x / kWarp * kWarp; first < items; first += kThreads) {
-    const int item = first + static_cast<int>(threadIdx.x) % kWarp;
-    visit(PairTile::of<kUpper>(min(item, items - 1), tiles), item < items);
+// A thread's share of a matrix' tiles, row by row; kUpper: of those on and above the diagonal. Fixed: the
+// matrix' rows, or 0 for any. Where they are known, a thread has one tile, found once.
+template <int R, bool kUpper, int Fixed>
+class Tiles {
+ public:
+  __device__ explicit Tiles(int side)
+      : across_((Fixed ? padded_to_four(Fixed) : side) / 4),
+        items_(kUpper ? across_ * (across_ + 1) : (Fixed ? 2 * kDown : 2 * across_) * across_),
+        tile_(of(static_cast<int>(threadIdx.x))) {
+    static_assert(!Fixed || kItems <= kThreads);
+  }
+
+  // Calls visit(tile) for each, by whole warps.
+  template <typename Visit>
+  __device__ void each(Visit visit) const {
+    if constexpr (Fixed != 0) {
+      if (static_cast<int>(threadIdx.x) / kWarp * kWarp < kItems) visit(tile_);
+    } else {
+      for (int first = threadIdx.x / kWarp * kWarp; first < items_; first += kThreads)
+        visit(of(first + static_cast<int>(threadIdx.x) % kWarp));
+    }
+  }
+
+ private:
+  static_assert(Fixed || R == 4);
+  static constexpr int kDown = (Fixed + R - 1) / R, kAcross = padded_to_four(Fixed) / 4,
+                       kItems = kUpper ? kAcross * (kAcross + 1) : 2 * kDown * kAcross;
+
+  __device__ PairTile<R> of(int item) const {
+    const int tile = min(item, items_ - 1) / 2;
+    int row = tile / across_, column = tile % across_;
+    if (kUpper) {
+      const auto first_of = [&](int r) { return r * across_ - r * (r - 1) / 2; };
+      row = 0;
+      for (int r = 1; r < across_; ++r) row += tile >= first_of(r);
+      column = tile - first_of(row);
+    }
+    // Every other row backwards: lanes on both sides of a row's end then read the same columns.
+    if (row % 2) column = across_ - 1 - (kUpper ? row : 0) - column;
+    if (kUpper) column += row;
+    return {R * row, 4 * column, item % 2, item < items_};
+  }
+
+  int across_, items_;
+  PairTile<R> tile_;
+};
+
+// Adds the sums of a pair of lanes; the first ones, those that the lane keeps, are then complete.
+template <int R, typename Sum>
+__device__ inline void add_pair(Sum (&sum)[R][4]) {
+  constexpr int kept = PairTile<R>::kKept;
+#pragma unroll
+  for (int u = 0; u < kept; ++u) {
+    const int other = u < R / 2 ? u + kept : u;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) sum[u][c] += __shfl_xor_sync(0xffffffffu, sum[other][c], 1);
   }
 }
 
-// Adds the sums of a pair of lanes; the first two rows, the lane's own, are then complete.
-template <typename Sum>
-__device__ inline void add_pair(Sum (&sum)[4][4]) {
+// The rows that a lane keeps into a matrix, and where that is symmetric, mirrored at the diagonal.
+template <bool kSymmetric, int R, typename T>
+__device__ inline void put_tile(const PairTile<R>& tile, const Four<T> (&rows)[PairTile<R>::kKept], int side,
+                                T* out) {
 #pragma unroll
-  for (int u = 0; u < 2; ++u) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) sum[u][c] += __shfl_xor_sync(0xffffffffu, sum[u + 2][c], 1);
+  for (int u = 0; u < PairTile<R>::kKept; ++u) {
+    if (tile.writes(u)) vector_at<4>(out + tile.row_of(u) * side + tile.column) = rows[u];
   }
-}
-
-// A lane's own rows into a matrix, and where that is symmetric, mirrored at the diagonal.
-template <bool kSymmetric, typename T>
-__device__ inline void put_tile(const PairTile& tile, const Four<T> (&rows)[2], int side, T* out) {
-  T* to = out + tile.row_of(0) * side + tile.column;
+  if constexpr (kSymmetric) {
+    static_assert(R == 4);
+    if (!tile.active || tile.row == tile.column) return;
+    T* to = out + tile.column * side + tile.row_of(0);
 #pragma unroll
-  for (int u = 0; u < 2; ++u) *reinterpret_cast<Four<T>*>(to + u * side) = rows[u];
-  if (!kSymmetric || tile.row == tile.column) return;
-  to = out + tile.column * side + tile.row_of(0);
-#pragma unroll
-  for (int c = 0; c < 4; ++c) *reinterpret_cast<Two<T>*>(to + c * side) = {rows[0].at[c], rows[1].at[c]};
+    for (int c = 0; c < 4; ++c) vector_at<2>(to + c * side) = Two<T>{rows[0].at[c], rows[1].at[c]};
+  }
 }
 
 // What becomes of a product's sums: alpha sum + diagonal I + plus.
@@ -103,52 +145,61 @@ struct After {
 };
 
 // out = alpha a b + diagonal I + plus, of m x m matrices with rows padded to fours; one barrier at the end.
-// Sums are of type Sum. kSymmetric: the lower half is a copy of the upper one. Fixed: m, or 0 for any.
-template <typename Sum, bool kSymmetric, int Fixed, typename T, typename Right>
-__device__ inline void multiply_shared(const T* a, const Right* b, T* out, int any_m, const After<T>& after) {
-  const int m = Fixed ? Fixed : any_m, side = padded_to_four(m), whole = m / 4 * 4;
-  for_each_tile<kSymmetric>(side, [&](const PairTile& tile, bool active) {
-    Sum sum[4][4] = {};
-    // Two pointers, since the distance between a lane's own rows and the others depends on the lane.
-    const T *own = a + tile.row_of(0) * side, *other = a + tile.row_of(2) * side;
-    const Right* columns = b + tile.column;
-    const auto left_row = [&](int u) { return u < 2 ? own + u * side : other + (u - 2) * side; };
-    const int steps = Fixed / 4 % 2 == 0 && Fixed ? Fixed / 8 : (whole / 4 + 1 - tile.half) / 2;
-    constexpr int kUnrolled = Fixed && sizeof(Sum) == 4 ? 3 : 1;
+// Sums are of type Sum. With tiles of the upper half the lower one is its copy. Of b, columns beyond m are
+// zero, and of `out` too; rows beyond m of a and of `out` may be anything.
+template <typename Sum, int R, bool kUpper, int Fixed, typename Left, typename T>
+__device__ inline void multiply_shared(const Tiles<R, kUpper, Fixed>& tiles, const Left* a, const T* b,
+                                       T* out, int any_m, const After<T>& after) {
+  const int m = Fixed ? Fixed : any_m, side = padded_to_four(m);
+  // Sums in float64 take the registers that left rows in fours would.
+  const int whole = sizeof(Sum) == 4 ? m / 4 * 4 : 0;
+  tiles.each([&](const PairTile<R>& tile) {
+    constexpr int own_rows = R / 2, kept = PairTile<R>::kKept;
+    Sum sum[R][4] = {};
+    // Pointers of their own, since the distance between a lane's own rows and the others depends on the lane.
+    const Left *own = a + tile.row_of(0) * side, *middle = a + (tile.row + own_rows) * side,
+               *other = a + tile.row_of(kept) * side;
+    const T* columns = b + tile.column;
+    const auto left_row = [&](int u) {
+      return u < own_rows ? own + u * side : u < kept ? middle : other + (u - kept) * side;
+    };
+    const int steps = Fixed && Fixed / 4 % 2 == 0 ? whole / 8 : (whole / 4 + 1 - tile.half) / 2;
+    constexpr int kUnrolled = Fixed ? Fixed / 8 : 1;
 #pragma unroll(kUnrolled)
     for (int step = 0; step < steps; ++step) {
-      const int k = 8 * step + 4 * tile.half;
-      Four<T> left[4];
-      Four<Right> right[4];
+      const int k = Fixed ? 24 * (step / 3) + 4 * (step % 3) + 12 * tile.half : 8 * step + 4 * tile.half;
+      Four<Left> left[R];
+      Four<T> right[4];
 #pragma unroll
-      for (int u = 0; u < 4; ++u) left[u] = *reinterpret_cast<const Four<T>*>(left_row(u) + k);
+      for (int u = 0; u < R; ++u) left[u] = vector_at<4>(left_row(u) + k);
 #pragma unroll
-      for (int u = 0; u < 4; ++u) right[u] = *reinterpret_cast<const Four<Right>*>(columns + (k + u) * side);
+      for (int u = 0; u < 4; ++u) right[u] = vector_at<4>(columns + (k + u) * side);
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
+        for (int r = 0; r < R; ++r) {
 #pragma unroll
           for (int c = 0; c < 4; ++c)
             sum[r][c] += static_cast<Sum>(left[r].at[u]) * static_cast<Sum>(right[u].at[c]);
         }
       }
     }
+    own += whole + tile.half, middle += whole + tile.half, other += whole + tile.half;
+    columns += (whole + tile.half) * side;
 #pragma unroll 1
-    for (int k = whole + tile.half; k < m; k += 2) {
-      const Four<Right> right = *reinterpret_cast<const Four<Right>*>(columns + k * side);
+    for (int k = whole + tile.half; k < m; k += 2, own += 2, middle += 2, other += 2, columns += 2 * side) {
+      const Four<T> right = vector_at<4>(columns);
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
+      for (int r = 0; r < R; ++r) {
+        const Sum left = static_cast<Sum>(*left_row(r));
 #pragma unroll
-        for (int c = 0; c < 4; ++c)
-          sum[r][c] += static_cast<Sum>(left_row(r)[k]) * static_cast<Sum>(right.at[c]);
+        for (int c = 0; c < 4; ++c) sum[r][c] += left * static_cast<Sum>(right.at[c]);
       }
     }
-    add_pair(sum);
-    if (!active) return;
-    Four<T> rows[2];
+    add_pair<R>(sum);
+    Four<T> rows[kept];
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
+    for (int u = 0; u < kept; ++u) {
       const int row = tile.row_of(u);
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
@@ -159,7 +210,7 @@ __device__ inline void multiply_shared(const T* a, const Right* b, T* out, int a
         rows[u].at[c] = static_cast<T>(value);
       }
     }
-    put_tile<kSymmetric>(tile, rows, side, out);
+    put_tile<kUpper>(tile, rows, side, out);
   });
   __syncthreads();
 }
@@ -167,6 +218,12 @@ __device__ inline void multiply_shared(const T* a, const Right* b, T* out, int a
 // Steps of which both products are taken as symmetric. W X is so only up to rounding, and later steps would
 // let what that leaves grow; the first ones are followed by enough others that take it off again.
 constexpr int kSymmetricSteps = 3;
+
+// NaN where either is.
+template <typename T>
+__device__ inline T larger_of(T a, T b) {
+  return a > b || a != a ? a : b;
+}
 
 // (w + eps I)^-1 by the whole block. The layout's matrix is w, zero beyond m, complete at a barrier.
 // kSymmetric: so is w, to the last bit.
@@ -176,16 +233,28 @@ __device__ inline void invert_shared(unsigned char* memory, const SolverLayout<T
   const int m = Fixed ? Fixed : any_m, side = padded_to_four(m), size = side * side;
   T *w = layout.matrix.in(memory), *x = layout.buffers.in(memory), *y = x + size, *next = y + size;
   T *sums = layout.sums.in(memory), *factors = layout.factors.in(memory);
-  const int lane = threadIdx.x % kWarp;
-  for (int row = threadIdx.x / kWarp; row < m; row += kWarps) {
+  using All = Tiles<kTileRows<Fixed>, false, Fixed>;
+  const All all(side);
+  const std::conditional_t<kSymmetric, Tiles<4, true, Fixed>, All> half(side);
+  // Four lanes a row.
+  for (int first = 0; first < m; first += kThreads / 4) {
+    const int row = first + static_cast<int>(threadIdx.x) / 4;
     T sum = 0;
-    for (int column = lane; column < m; column += kWarp) sum += w[row * side + column];
-    sum = warp_sum(sum) + static_cast<T>(eps);
-    if (lane == 0) sums[row] = sum, w[row * side + row] += static_cast<T>(eps);
+    for (int column = threadIdx.x % 4 * 4; row < m && column < side; column += 16) {
+      const Four<T> four = vector_at<4>(w + row * side + column);
+      sum += (four.at[0] + four.at[1]) + (four.at[2] + four.at[3]);
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (threadIdx.x % 4 == 0 && row < m)
+      sums[row] = sum + static_cast<T>(eps), w[row * side + row] += static_cast<T>(eps);
   }
   __syncthreads();
-  T bound = sums[0];
-  for (int i = 1; i < m; ++i) bound = sums[i] > bound || sums[i] != sums[i] ? sums[i] : bound;
+  T bound = 0;
+  for (int row = threadIdx.x % kWarp; row < m; row += kWarp) bound = larger_of(bound, sums[row]);
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    bound = larger_of(bound, __shfl_xor_sync(0xffffffffu, bound, offset));
   for (int step = threadIdx.x; step <= iters; step += kThreads)
     factors[step] = step_factor<T>(bound, eps, step);
   __syncthreads();
@@ -200,11 +269,11 @@ __device__ inline void invert_shared(unsigned char* memory, const SolverLayout<T
   for (int step = 2; step <= iters; ++step) {
     const After<T> residual{T{-1}, T{2}, nullptr};
     if (kSymmetric && step <= kSymmetricSteps) {
-      multiply_shared<T, kSymmetric, Fixed>(w, x, y, m, residual);
+      multiply_shared<T>(half, w, x, y, m, residual);
     } else {
-      multiply_shared<T, false, Fixed>(w, x, y, m, residual);
+      multiply_shared<T>(all, w, x, y, m, residual);
     }
-    multiply_shared<T, kSymmetric, Fixed>(x, y, next, m, After<T>{factors[step], T{0}, nullptr});
+    multiply_shared<T>(half, x, y, next, m, After<T>{factors[step], T{0}, nullptr});
     T* swapped = x;
     x = next;
     next = swapped;
@@ -212,17 +281,15 @@ __device__ inline void invert_shared(unsigned char* memory, const SolverLayout<T
   // One plain step with the residual in float64 takes off the rounding that the iteration gathered.
   const After<T> residual{T{-1}, T{1}, nullptr};
   if constexpr (sizeof(T) == 4) {
-    // The two buffers that are free lie together and hold x in float64; x itself then moves to where w was.
+    // The two buffers that are free lie together and hold w in float64; the residual takes its place.
     double* wide = reinterpret_cast<double*>(y < next ? y : next);
-    for (int index = threadIdx.x; index < size; index += kThreads) wide[index] = x[index];
+    for (int index = threadIdx.x; index < size; index += kThreads) wide[index] = w[index];
     __syncthreads();
-    multiply_shared<double, false, Fixed>(w, wide, x, m, residual);
-    for (int index = threadIdx.x; index < size; index += kThreads) w[index] = static_cast<T>(wide[index]);
-    __syncthreads();
-    multiply_shared<T, kSymmetric, Fixed>(w, x, y, m, After<T>{T{1}, T{0}, w});
+    multiply_shared<double>(all, wide, x, w, m, residual);
+    multiply_shared<T>(half, x, w, y, m, After<T>{T{1}, T{0}, x});
   } else {
-    multiply_shared<T, false, Fixed>(w, x, next, m, residual);
-    multiply_shared<T, kSymmetric, Fixed>(x, next, y, m, After<T>{T{1}, T{0}, x});
+    multiply_shared<T>(all, w, x, next, m, residual);
+    multiply_shared<T>(half, x, next, y, m, After<T>{T{1}, T{0}, x});
   }
   for (int index = threadIdx.x; index < m * m; index += kThreads)
     inverse[index] = y[index / m * side + index % m];

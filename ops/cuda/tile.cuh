@@ -186,25 +186,75 @@ __device__ inline Four<T> mean_of_tokens(const OwnQuads<T, DK>& own, int count, 
   return mean;
 }
 
-// Per-landmark rows, as they are: to[row * kQuads + quad]; rows from `end` on are `beyond`.
-template <typename T, int DK, typename R>
-__device__ inline void load_landmarks(const R& rows, int first, int count, int end, T beyond, Four<T>* to) {
-  const int quad = own_quad<DK>();
-  for (int row = threadIdx.x / kQuads<DK>; row < count; row += kApart<DK>) {
-    const bool real = first + row < end;
-    const T empty = real ? T{0} : beyond;
-    Four<T> value = {empty, empty, empty, empty};
-    if (real && 4 * quad < rows.channels) value = rows.template four<T>(first + row, 4 * quad);
-    to[row * kQuads<DK> + quad] = value;
-  }
-}
+// Some of the landmarks: rows `first` and on of which those from `end` on do not exist.
+struct Landmarks {
+  int first, count, end;
+};
 
-// One number a landmark, 0 from `end` on.
+// Per-landmark rows on their way into shared memory: all that a kernel needs is read before any of it is put
+// there, since it comes from far away. Rows of any strides are read one by one when they are put.
+template <typename T, int DK, typename R>
+class LandmarkRows {
+ public:
+  // Rows that do not exist are `beyond`.
+  __device__ LandmarkRows(const R& rows, const Landmarks& which, T beyond)
+      : rows_(rows), which_(which), beyond_(beyond) {
+    if constexpr (!kOneByOne<R>) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) own_[i] = at(i);
+    }
+  }
+
+  // As they are: to[row * kQuads + quad].
+  __device__ void put(Four<T>* to) const {
+    const auto put = [&](int i, const Four<T>& value) { to[row(i) * kQuads<DK> + own_quad<DK>()] = value; };
+    if constexpr (kOneByOne<R>) {
+#pragma unroll 1
+      for (int i = 0; row(i) < which_.count; ++i) put(i, at(i));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if (row(i) < which_.count) put(i, own_[i]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kOwn = (kWarps * kGroup + kApart<DK> - 1) / kApart<DK>;
+
+  __device__ static int row(int i) { return threadIdx.x / kQuads<DK> + i * kApart<DK>; }
+  __device__ Four<T> at(int i) const {
+    const int landmark = which_.first + row(i), channel = 4 * own_quad<DK>();
+    const bool real = row(i) < which_.count && landmark < which_.end;
+    const T empty = real ? T{0} : beyond_;
+    Four<T> value = {empty, empty, empty, empty};
+    if (real && channel < rows_.channels) value = rows_.template four<T>(landmark, channel);
+    return value;
+  }
+
+  R rows_;
+  Landmarks which_;
+  T beyond_;
+  Four<T> own_[kOneByOne<R> ? 1 : kOwn];
+};
+
+// A number a landmark, in the same way; 0 for those that do not exist.
 template <typename T>
-__device__ inline void load_numbers(const T* from, int first, int count, int end, T* to) {
-  for (int index = threadIdx.x; index < count; index += kThreads)
-    to[index] = first + index < end ? from[first + index] : T{0};
-}
+class LandmarkNumbers {
+ public:
+  __device__ LandmarkNumbers(const T* from, const Landmarks& which)
+      : count_(which.count),
+        own_(own() < count_ && which.first + own() < which.end ? from[which.first + own()] : T{0}) {}
+  __device__ void put(T* to) const {
+    if (own() < count_) to[own()] = own_;
+  }
+
+ private:
+  static_assert(kWarps * kGroup <= kThreads);
+  __device__ static int own() { return static_cast<int>(threadIdx.x); }
+  int count_;
+  T own_;
+};
 
 // Which landmarks a warp has in a round: rows of the round's arrays, of all landmarks, and how many are real.
 struct Group {
@@ -623,11 +673,12 @@ __device__ inline void add_numbers(T sum, const Group& group, bool set, T* parti
 // Where a block reads and writes. In shared memory it is read again for each tile, and takes no registers.
 struct Place {
   Head head;
-  int64_t chunk;
+  int64_t chunk, first;
+  int tokens;
 };
 
 __device__ inline void put_place(const View& view, const Chunk& chunk, Place* place) {
-  if (threadIdx.x == 0) *place = {Head(view, chunk.head), chunk.index};
+  if (threadIdx.x == 0) *place = {Head(view, chunk.head), chunk.index, chunk.first, chunk.tokens};
   __syncthreads();
 }
 

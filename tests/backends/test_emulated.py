@@ -178,7 +178,7 @@ extern "C" int chunk_tokens(
   int64_t at = 0;
   for (int64_t block = 0; block < cut.chunks * cut.heads; block += cut.heads) {{
     const lf::Chunk chunk = cut.of_block(block);
-    if (chunk.head != 0 || chunk.first_tile * tile_tokens != at) return -1;
+    if (chunk.head != 0 || chunk.first != at) return -1;
     if (chunk.tokens != cut.chunk_tokens(chunk.index)) return -1;
     at += lengths[chunk.index] = chunk.tokens;
   }}
