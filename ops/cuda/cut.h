@@ -31,25 +31,19 @@ struct Cut {
   int heads, tile_tokens, chunks;  // chunks of a head
   Level level[kLevels];
 
-  // Where a head's chunk begins; the one behind the last begins at the end.
-  LF_HOST_DEVICE int64_t first_tile(int64_t chunk) const {
-    Level last = level[0];
-    for (int i = 1; i < kLevels; ++i) {
-      if (chunk >= level[i].first_chunk) last = level[i];
-    }
-    return last.first_tile + (chunk - last.first_chunk) * last.tiles;
+  // Where a head's chunk begins, and its tokens.
+  LF_HOST_DEVICE int64_t first_token(int chunk) const {
+    const Level at = level_of(chunk);
+    return int64_t{at.first_tile + (chunk - at.first_chunk) * at.tiles} * tile_tokens;
   }
-  LF_HOST_DEVICE int64_t first_token(int64_t chunk) const {
-    const int64_t first = first_tile(chunk) * tile_tokens;
-    return first < tokens ? first : tokens;
-  }
-  LF_HOST_DEVICE int64_t chunk_tokens(int64_t chunk) const {
-    return first_token(chunk + 1) - first_token(chunk);
+  LF_HOST_DEVICE int chunk_tokens(int chunk) const {
+    const int64_t left = tokens - first_token(chunk), whole = int64_t{level_of(chunk).tiles} * tile_tokens;
+    return static_cast<int>(left < whole ? left : whole);
   }
   // Blocks take a chunk of every head before the next chunk, so that the shorter ones come last.
   LF_HOST_DEVICE Chunk of_block(int block) const {
     const int head = block % heads, chunk = block / heads;
-    return {int64_t{head} * chunks + chunk, first_token(chunk), head, static_cast<int>(chunk_tokens(chunk))};
+    return {int64_t{head} * chunks + chunk, first_token(chunk), head, chunk_tokens(chunk)};
   }
 
   static Cut of(int64_t batch, int64_t heads, int64_t tokens, int tile_tokens) {
@@ -77,6 +71,15 @@ struct Cut {
     }
     cut.chunks = static_cast<int>(first_chunk);
     return cut;
+  }
+
+ private:
+  LF_HOST_DEVICE Level level_of(int chunk) const {
+    Level last = level[0];
+    for (int i = 1; i < kLevels; ++i) {
+      if (chunk >= level[i].first_chunk) last = level[i];
+    }
+    return last;
   }
 };
 

@@ -33,10 +33,10 @@ struct SolverLayout {
 // `excess` is that cosine less 1, which doubling the angle leaves exact where the cosine would cancel.
 template <typename T>
 __device__ inline T step_factor(T bound, double eps, int step) {
-  const double share = eps / static_cast<double>(bound);
-  double excess = 2 * share / (1 - share);
+  const double largest = bound;
+  double excess = 2 * eps / (largest - eps);
   for (int i = 0; i < step; ++i) excess *= 4 + 2 * excess;
-  return static_cast<T>(share >= 0 && share <= 1 ? 1 + 1 / (1 + excess) : NAN);
+  return static_cast<T>(0 <= eps && eps <= largest ? 1 + 1 / (1 + excess) : NAN);
 }
 
 // The default grid of 7 x 7 landmarks has code of its own, with loops and addresses known to the compiler.
@@ -260,6 +260,7 @@ __device__ inline void invert_shared(unsigned char* memory, const SolverLayout<T
   __syncthreads();
   // The start is c I, so the first step needs no product.
   const T start = factors[0] / bound, first = iters > 0 ? factors[1] * start : start;
+#pragma unroll 4
   for (int index = threadIdx.x; index < size; index += kThreads) {
     const int row = index / side, column = index % side;
     const T one = row == column && row < m ? T{1} : T{0};
@@ -283,6 +284,7 @@ __device__ inline void invert_shared(unsigned char* memory, const SolverLayout<T
   if constexpr (sizeof(T) == 4) {
     // The two buffers that are free lie together and hold w in float64; the residual takes its place.
     double* wide = reinterpret_cast<double*>(y < next ? y : next);
+#pragma unroll 4
     for (int index = threadIdx.x; index < size; index += kThreads) wide[index] = w[index];
     __syncthreads();
     multiply_shared<double>(all, wide, x, w, m, residual);
@@ -291,6 +293,7 @@ __device__ inline void invert_shared(unsigned char* memory, const SolverLayout<T
     multiply_shared<T>(all, w, x, next, m, residual);
     multiply_shared<T>(half, x, next, y, m, After<T>{T{1}, T{0}, x});
   }
+#pragma unroll 4
   for (int index = threadIdx.x; index < m * m; index += kThreads)
     inverse[index] = y[index / m * side + index % m];
 }
