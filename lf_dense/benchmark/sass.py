@@ -55,6 +55,7 @@ class Kernel:
     index: int
     parameters_at: int = 0
     parameters: list[tuple[int, int]] = field(default_factory=list)  # offset and bytes of each
+    literals: bytes = b""  # the compiler's own constants, bank 2
     code: list[Instruction] = field(default_factory=list)
 
     def loops(self) -> list[tuple[int, int]]:
@@ -91,6 +92,8 @@ def cubin_kernels(path: Path) -> dict[str, Kernel]:
         if info & 15 == 2 and f".nv.info.{name}" in sections and f".text.{name}" in sections:
             kernels[name] = Kernel(name, index)
             read_parameters(data, sections[f".nv.info.{name}"], kernels[name])
+            if literals := sections.get(f".nv.constant2.{name}"):
+                kernels[name].literals = data[literals[4] : literals[4] + literals[5]]
     return kernels
 
 

@@ -82,7 +82,7 @@ class Warp:
     def __init__(
         self, kernel: Kernel, constants: bytes, block: tuple[int, int, int], warp: int, threads: int
     ):
-        self.kernel, self.constants = kernel, constants
+        self.kernel, self.banks = kernel, {"0": constants, "2": kernel.literals}
         self.registers: dict[str, Value] = {}
         self.predicates: dict[str, Any] = {}
         first = warp * LANES
@@ -148,13 +148,13 @@ class Warp:
         )
         self.predicates[name] = now
 
-    def constant(self, offset: Value, size: int) -> Value:
+    def constant(self, bank: str, offset: Value, size: int) -> Value:
         if isinstance(offset, int):
-            raw = self.constants[offset : offset + size]
+            raw = self.banks[bank][offset : offset + size]
             return int.from_bytes(raw, "little") if len(raw) == size else None
         if offset is None:
             return None
-        return np.array([self.constant(int(each), size) or 0 for each in offset], dtype=np.uint64)
+        return np.array([self.constant(bank, int(each), size) or 0 for each in offset], dtype=np.uint64)
 
     # Paths.
     def run(self) -> None:
@@ -269,12 +269,12 @@ def reader(text: str) -> Callable[[Warp], Value]:
     if re.match(r"^-?\d+$", text):
         number = int(text) & WORD
         return lambda warp: number
-    if found := re.match(r"^c\[0x0\]\[(?:(U?R\d+|RZ|URZ)\+?)?(-?0x[0-9a-f]+)?\]$", text):
-        offset, base = int(found[2] or "0", 16), found[1]
+    if found := re.match(r"^c\[0x([02])\]\[(?:(U?R\d+|RZ|URZ)\+?)?(-?0x[0-9a-f]+)?\]$", text):
+        bank, base, offset = found[1], found[2], int(found[3] or "0", 16)
         if base:
             inner = reader(base)
-            return lambda warp: warp.constant(None if (at := inner(warp)) is None else at + offset, 4)
-        return lambda warp: warp.constant(offset, 4)
+            return lambda warp: warp.constant(bank, None if (at := inner(warp)) is None else at + offset, 4)
+        return lambda warp: warp.constant(bank, offset, 4)
     return lambda warp: None
 
 
@@ -282,7 +282,7 @@ def following(text: str, by: int = 1) -> str:
     """The name of the next register, or the next word of a constant."""
     if found := re.match(r"^([~-]?)(U?R)(\d+)(?:\.64)?$", text):
         return f"{found[1]}{found[2]}{int(found[3]) + by}"
-    if found := re.match(r"^(c\[0x0\]\[(?:U?R\d+\+)?)(0x[0-9a-f]+)\]$", text):
+    if found := re.match(r"^(c\[0x[02]\]\[(?:U?R\d+\+)?)(0x[0-9a-f]+)\]$", text):
         return f"{found[1]}{int(found[2], 16) + 4 * by:#x}]"
     return "RZ" if text.lstrip("-~") in ("RZ", "URZ") else text
 
@@ -843,7 +843,7 @@ def absolute(line: Instruction) -> Action:
 
 def load_constant(line: Instruction) -> Action | None:
     names = results_of(line)
-    if not names or not line.operands[1].startswith("c[0x0]"):
+    if not names or not line.operands[1].startswith(("c[0x0]", "c[0x2]")):
         return forget(line)
     readers = [
         reader(following(line.operands[1], number) if number else line.operands[1])

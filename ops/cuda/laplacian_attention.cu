@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(64 * kSlices) finish_keys(const FinishArgument
     const auto add_chunks = [&](auto read) {
       const Four<T> whole_mean = mean;
       const int64_t own_at = static_cast<int64_t>(j) * a.channels + channel;
-#pragma unroll(kSlices == 16 ? 2 : 4)
+#pragma unroll 2
       for (int chunk = slice; chunk < chunks; chunk += kSlices, from += step) {
         const T chunk_mass = from[mass_at + j];
         const Four<T> own = read(from + own_at), shift = read(from + shift_at);
@@ -821,13 +821,8 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
     const int64_t bytes = FinishLayout<T>(static_cast<int>(m), 64 * kSlices).layout.bytes;
     launch(finish_keys<T, kSlices>, heads * ((channels + 3) / 4 + 1), 64 * kSlices, bytes, q, finish);
   };
-  if (cut.chunks <= 16) {
-    launch_finish.template operator()<4>();
-  } else if (cut.chunks <= 64) {
-    launch_finish.template operator()<8>();
-  } else {
-    launch_finish.template operator()<16>();
-  }
+  // Of few chunks, small blocks: several fit a multiprocessor.
+  cut.chunks <= 16 ? launch_finish.template operator()<4>() : launch_finish.template operator()<16>();
 
   QueryArguments<T> queries{
       view(q), view(landmarks), view(results.out), static_cast<T>(scale),      static_cast<T>(tau), 0, 0,

@@ -45,8 +45,8 @@ constexpr int kUsualLandmarks = 49;
 template <int Fixed>
 constexpr int kTileRows = Fixed == kUsualLandmarks ? 7 : 4;
 
-// R x 4 results of a product, for a pair of neighbouring lanes that take every other four of its depth. Each
-// lane writes half of the rows; the middle one of an odd number is the first lane's.
+// R x 4 results of a product, for a pair of neighbouring lanes that take half of its depth each. Each lane
+// writes half of the rows; the middle one of an odd number is the first lane's.
 template <int R>
 struct PairTile {
   static constexpr int kOwn = R / 2, kKept = R - R / 2;
@@ -163,9 +163,11 @@ __device__ inline void multiply_shared(const Tiles<R, kUpper, Fixed>& tiles, con
     const auto left_row = [&](int u) {
       return u < own_rows ? own + u * side : u < kept ? middle : other + (u - kept) * side;
     };
-    const int steps = Fixed && Fixed / 4 % 2 == 0 ? whole / 8 : (whole / 4 + 1 - tile.half) / 2;
-    constexpr int kUnrolled = Fixed ? Fixed / 8 : 1;
-#pragma unroll(kUnrolled)
+    // The lanes take every other four of the depth; of the usual 48, every other twelve, which keeps the rows
+    // that they read out of each other's banks.
+    static_assert(Fixed == 0 || Fixed / 4 == 12);
+    const int steps = Fixed ? whole / 8 : (whole / 4 + 1 - tile.half) / 2;
+#pragma unroll(Fixed ? 6 : 1)
     for (int step = 0; step < steps; ++step) {
       const int k = Fixed ? 24 * (step / 3) + 4 * (step % 3) + 12 * tile.half : 8 * step + 4 * tile.half;
       Four<Left> left[R];
