@@ -20,6 +20,7 @@ HEADS = ARCHS["tiny"]["num_heads"]
 
 OPS = ("laplacian_kernel", "newton_schulz_inverse", "laplacian_attention")
 PASSES = ("forward", "forward+backward")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Case(NamedTuple):

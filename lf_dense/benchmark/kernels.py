@@ -27,7 +27,7 @@ import torch
 
 from ..errors import UsageError
 from ..presets import EPS, KERNEL_SCALE, NEWTON_ITERS, TAU
-from .cases import Case, build_cases
+from .cases import DTYPES, Case, build_cases
 from .options import check_folder
 from .report import Record, markdown_head, markdown_row, write_json
 from .sass import Kernel, cubin_kernels, read_code
@@ -387,12 +387,12 @@ def estimate(reading: Reading, machine: Machine) -> None:
     reading.microseconds = max(*loads, reading.other_clocks) / machine.gigahertz / 1000
 
 
-def attention(operators: Operators, case: Case) -> Callable[[], object]:
+def attention(operators: Operators, case: Case, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
     """A call of the attention on tensors as a projection leaves them; their numbers do not matter."""
     ops = getattr(torch.ops, operators.namespace)
 
     def tokens(count: int) -> torch.Tensor:
-        return torch.empty(case.batch, count, case.heads, case.head_dims).transpose(1, 2)
+        return torch.empty(case.batch, count, case.heads, case.head_dims, dtype=dtype).transpose(1, 2)
 
     def call() -> None:
         q, k, v, landmarks = (
@@ -495,13 +495,13 @@ def estimates(operators: Operators, case: Case, readings: Sequence[Reading]) -> 
     ]
 
 
-def report(architecture: str, say: Callable[[str], object] = print) -> list[Record]:
-    """Print everything that is read for an architecture; returns the estimates."""
+def report(architecture: str, dtype: str = "float32", say: Callable[[str], object] = print) -> list[Record]:
+    """Print everything that is read for an architecture and tensors of a dtype; returns the estimates."""
     operators = build(architecture)
-    say(f"## {architecture}\n\n{assumptions(operators.machine)}")
+    say(f"## {architecture}, {dtype}\n\n{assumptions(operators.machine)}")
     found: list[Record] = []
     for case in documented_cases():
-        readings = read(operators, attention(operators, case), case.batch * case.heads)
+        readings = read(operators, attention(operators, case, DTYPES[dtype]), case.batch * case.heads)
         rows = estimates(operators, case, readings)
         found += rows
         where = f"{case.size_text}, stage {case.stage}, {case.landmarks} landmarks"
@@ -525,6 +525,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SM",
         help=f"of {known} (default: sm_80 sm_90)",
     )
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32", help="of the tensors (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the last one's estimates there too")
 
 
@@ -532,6 +535,6 @@ def run_command_line(args: argparse.Namespace) -> None:
     if args.json:
         check_folder("--json", args.json)
     for architecture in args.arch:
-        found = report(architecture)
+        found = report(architecture, args.dtype)
         if args.json:
-            write_json(args.json, {"architecture": architecture}, found)
+            write_json(args.json, {"architecture": architecture, "dtype": args.dtype}, found)

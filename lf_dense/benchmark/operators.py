@@ -20,7 +20,7 @@ import torch
 from ..errors import UsageError
 from ..presets import LANDMARK_GRID, NUM_STAGES
 from . import contenders
-from .cases import OPS, PASSES, Case, build_cases
+from .cases import DTYPES, OPS, PASSES, Case, build_cases
 from .contenders import CONTENDERS, FLOOR, OF_EVERY_OPERATOR, OTHER_ATTENTIONS, PEER
 from .contest import Limits, measure
 from .operator_report import heading, records, table_head, table_row
@@ -28,7 +28,6 @@ from .options import check_folder, find_device, image_size, positive_float, posi
 from .report import Record, describe_machine, write_json
 from .timing import MIN_SAMPLES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_MACS = {"cpu": 1e12, "cuda": 5e13}
 DEFAULTS: dict[str, Any] = {
     "sizes": [(224, 224), (800, 1333), (2048, 2048)],

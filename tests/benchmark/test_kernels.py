@@ -58,6 +58,18 @@ def test_a_tile_takes_no_more_slots(readings, name):
     assert reading.at_once >= 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_tensors_take_hardly_more_slots(operators, readings, dtype):
+    case = kernels.documented_cases()[0]
+    narrow = kernels.read(operators, kernels.attention(operators, case, dtype))
+    for name in AIMS["slots a tile"]:
+        reading = of_kernel(narrow, name)
+        assert reading.launch.name != of_kernel(readings, name).launch.name
+        assert reading.slots <= 1.02 * of_kernel(readings, name).slots
+        assert reading.spilled == 0
+        assert reading.at_once >= 2
+
+
 def test_the_solver_and_the_whole_take_no_longer(operators, readings):
     case = kernels.forward_only(kernels.documented_cases()[0])
     forward = len(kernels.launches_of(operators, kernels.attention(operators, case)))
