@@ -434,10 +434,10 @@ def loop_rows(reading: Reading, least_share: float = 0.04) -> list[list[object]]
     code = reading.launch.kernel.code
     rows = []
     for first, last in reading.launch.kernel.loops():
-        issued = sum(counts[at] for at in range(first, last + 1))
-        if issued < least_share * total:
+        issued, turns = sum(counts[at] for at in range(first, last + 1)), counts[last]
+        # Compilers jump back from code that nobody reaches, too.
+        if turns == 0 or issued < least_share * total:
             continue
-        turns = counts[last]
         pipes = collections.Counter[str]()
         for at in range(first, last + 1):
             pipes[code[at].pipe] += counts[at]

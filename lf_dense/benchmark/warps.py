@@ -321,6 +321,11 @@ def is_predicate(text: str) -> bool:
     return re.match(r"^!?U?P(\d|T)$", text) is not None
 
 
+def is_long(line: Instruction) -> bool:
+    """Whether it takes 64-bit integers."""
+    return "S64" in line.modifiers or "U64" in line.modifiers
+
+
 def results_of(line: Instruction) -> list[str]:
     """The registers that it writes."""
     name, modifiers = line.opcode, line.modifiers
@@ -344,6 +349,8 @@ def results_of(line: Instruction) -> list[str]:
         count = 1 if "32" in modifiers else 2
     elif "WIDE" in modifiers or name in ("FADD2", "FMUL2", "FFMA2") or "64" in modifiers:
         count = 2
+    elif name == "IMNMX":
+        count = 2 if is_long(line) else 1
     if name == "LDSM":
         count = int(modifiers[-1]) if modifiers[-1].isdecimal() else 1
     return [following(first, number) if number else first for number in range(count)]
@@ -772,31 +779,40 @@ def select(line: Instruction) -> Action:
 
 
 def extremum(line: Instruction) -> Action:
-    """IMNMX and VIMNMX: the smaller where the predicate holds; VIADDMNMX adds its first two before."""
-    result, *rest = line.operands
-    condition = rest.pop()
-    readers = [reader(text) for text in rest]
+    """IMNMX and VIMNMX: the smaller where the predicate holds; VIADDMNMX adds its first two before.
+
+    Newer architectures have more predicates, and pairs of registers: VIMNMX R2, PT, PT, R22, 0x4, PT and
+    IMNMX.S64 PT, PT, R2, R2, R4, PT, !PT.
+    """
+    wide = is_long(line)
+    at = [number for number, text in enumerate(line.operands) if not is_predicate(text)]
+    result, *rest = (line.operands[number] for number in at)
+    condition = line.operands[at[-1] + 1]
+    readers = [pair_reader(text) if wide else reader(text) for text in rest]
     adds = line.opcode.startswith("VIADD")
-    unsigned, not_negative = "U32" in line.modifiers, "RELU" in line.modifiers
+    not_negative = "RELU" in line.modifiers
+    unsigned = "U32" in line.modifiers or "U64" in line.modifiers
 
     def act(warp: Warp, lanes: int) -> None:
         if not lanes:
             return
         values = [read(warp) for read in readers]
         flag = warp.test(condition)
-        if not is_known(*values) or isinstance(flag, np.ndarray):
-            warp.write(result, None, lanes)
-            return
-        if adds:
-            values = [word(values[0] + values[1]), *values[2:]]
-        a, b = values if unsigned else [signed(value) for value in values]
-        if isinstance(a, int) and isinstance(b, int):
-            best = min(a, b) if flag else max(a, b)
-            best = max(best, 0) if not_negative else best
+        best: Value = None
+        if is_known(*values) and not isinstance(flag, np.ndarray):
+            if adds:
+                values = [word(values[0] + values[1]), *values[2:]]
+            a, b = values if unsigned else map(long_signed if wide else signed, values)
+            if isinstance(a, int) and isinstance(b, int):
+                best = min(a, b) if flag else max(a, b)
+                best = max(best, 0) if not_negative else best
+            else:
+                best = np.minimum(a, b) if flag else np.maximum(a, b)
+                best = np.maximum(best, 0) if not_negative else best
+        if wide:
+            write_pair(warp, result, best.astype(np.uint64) if isinstance(best, np.ndarray) else best, lanes)
         else:
-            best = np.minimum(a, b) if flag else np.maximum(a, b)
-            best = np.maximum(best, 0) if not_negative else best
-        warp.write(result, word(best), lanes)
+            warp.write(result, None if best is None else word(best), lanes)
 
     return act
 

@@ -149,6 +149,25 @@ def test_the_compilers_own_constants_are_read():
     assert [done.registers[name] for name in ("R2", "R3", "R4")] == [5, 0, 9]
 
 
+def test_the_smaller_of_two_as_newer_architectures_write_it():
+    """With more predicates, and of pairs of registers. Where the condition fails it is the larger."""
+    done = follow(
+        "MOV R2, 0x5",
+        "MOV R3, -0x1",
+        "MOV R4, 0x7",
+        "MOV R5, RZ",
+        "IMNMX.S64 PT, PT, R6, R2, R4, PT, !PT",
+        "IMNMX.S64 PT, PT, R8, R2, R4, !PT, !PT",
+        "IMNMX.U64 PT, PT, R10, R2, R4, PT, !PT",
+        "VIMNMX R12, PT, PT, R4, 0x6, PT",
+        "EXIT",
+    )
+    assert done.registers["R12"] == 6
+    minus, seven = [5, 0xFFFFFFFF], [7, 0]
+    pairs = [[done.registers[f"R{at}"], done.registers[f"R{at + 1}"]] for at in (6, 8, 10)]
+    assert pairs == [minus, seven, seven]
+
+
 def test_lanes_part_and_meet_again():
     """Both sides of a condition on the thread are issued, and what comes after only once."""
     lines = [
