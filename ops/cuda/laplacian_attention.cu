@@ -44,7 +44,7 @@ __device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, unsign
   const SolverLayout<T> layout(m, a.iters, 4 * points.count);
   Four<T>* from = reinterpret_cast<Four<T>*>(layout.buffers.in(memory));
   // Several at once, since each comes from far away.
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = kOneByOne<R> ? 1 : 4;
   for (int first = threadIdx.x; first < side * quads; first += kAtOnce * kThreads) {
     Four<T> values[kAtOnce];
 #pragma unroll
