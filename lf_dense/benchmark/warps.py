@@ -644,7 +644,7 @@ def shift(line: Instruction) -> Action:
     result, _, sources, _ = split(line)
     readers = [reader(text) for text in sources]
     right, arithmetic = "R" in line.modifiers, "S32" in line.modifiers or "S64" in line.modifiers
-    double = "U64" in line.modifiers or "S64" in line.modifiers
+    double = is_long(line)
     upper, wraps = "HI" in line.modifiers, "W" in line.modifiers
 
     def one(low: int, by: int, high: int) -> int:
@@ -930,14 +930,14 @@ def to_float(line: Instruction) -> Action | None:
     """I2F, for the reciprocals in integer divisions."""
     if "F64" in line.modifiers or "F16" in line.modifiers:
         return forget(line)
-    is_long = "U64" in line.modifiers or "S64" in line.modifiers
-    read = pair_reader(line.operands[1]) if is_long else reader(line.operands[1])
+    wide = is_long(line)
+    read = pair_reader(line.operands[1]) if wide else reader(line.operands[1])
     is_signed = "U32" not in line.modifiers and "U64" not in line.modifiers
     upwards, result = "RP" in line.modifiers, line.operands[0]
 
     def convert(value: int) -> int:
         if is_signed:
-            value = long_signed(value) if is_long else signed(value)
+            value = long_signed(value) if wide else signed(value)
         return bits_of_float(float(value) if abs(value) < 1 << 53 else value, upwards)
 
     def act(warp: Warp, lanes: int) -> None:
@@ -950,9 +950,9 @@ def to_float(line: Instruction) -> Action | None:
 def to_integer(line: Instruction) -> Action | None:
     if "F64" in line.modifiers or not REGISTER.match(line.operands[1]):
         return forget(line)
-    is_long = "U64" in line.modifiers or "S64" in line.modifiers
+    wide = is_long(line)
     is_unsigned = "U64" in line.modifiers or "U32" in line.modifiers
-    limit = (1 << (64 if is_long else 32)) - 1
+    limit = (1 << (64 if wide else 32)) - 1
     read, result = reader(line.operands[1]), line.operands[0]
 
     def convert(bits: int) -> int:
@@ -964,7 +964,7 @@ def to_integer(line: Instruction) -> Action | None:
     def act(warp: Warp, lanes: int) -> None:
         if lanes:
             value = each_lane(read(warp), convert)
-            if is_long:
+            if wide:
                 write_pair(warp, result, value, lanes)
             else:
                 warp.write(result, value, lanes)

@@ -342,6 +342,23 @@ void with_elements(std::initializer_list<View> views, const Run& run) {
   run.template operator()<Any>();
 }
 
+// put(i, read(i)) for each i below `size`, by the whole block. Several are read before any is put, since each
+// comes from far away.
+template <int threads, int kAtOnce, typename Read, typename Put>
+__device__ inline void read_and_put(int size, const Read& read, const Put& put) {
+  for (int first = threadIdx.x; first < size; first += kAtOnce * threads) {
+    decltype(read(0)) values[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (first + u * threads < size) values[u] = read(first + u * threads);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (first + u * threads < size) put(first + u * threads, values[u]);
+    }
+  }
+}
+
 template <typename T>
 __device__ inline T warp_sum(T value) {
 #pragma unroll

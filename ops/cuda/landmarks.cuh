@@ -9,22 +9,13 @@ namespace lf {
 // Numbers of an inverse that a block keeps in shared memory: all of them, or none where they are many.
 LF_HOST_DEVICE constexpr int kept_inverse(int m) { return m <= 64 ? m * m : 0; }
 
-// A barrier has to follow. Many numbers are read before any is kept, since they come from far away.
+// A barrier has to follow.
 template <int threads, typename T>
 __device__ inline void keep_inverse(const T* inverse, int m, T* kept) {
-  constexpr int kAtOnce = (49 * 49 + threads - 1) / threads;
-  const int size = kept_inverse(m);
-  for (int first = threadIdx.x; first < size; first += kAtOnce * threads) {
-    T values[kAtOnce];
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      if (first + u * threads < size) values[u] = inverse[first + u * threads];
-    }
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      if (first + u * threads < size) kept[first + u * threads] = values[u];
-    }
-  }
+  constexpr int kAtOnce = (49 * 49 + threads - 1) / threads;  // all of the usual landmarks'
+  read_and_put<threads, kAtOnce>(
+      kept_inverse(m), [&](int index) { return inverse[index]; },
+      [&](int index, T value) { kept[index] = value; });
 }
 
 // out = A x or A^T x, for `width` columns x in shared memory, four apart; the whole block.

@@ -43,22 +43,12 @@ __device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, unsign
   const Points points(m, channels);
   const SolverLayout<T> layout(m, a.iters, 4 * points.count);
   Four<T>* from = reinterpret_cast<Four<T>*>(layout.buffers.in(memory));
-  // Several at once, since each comes from far away.
-  constexpr int kAtOnce = kOneByOne<R> ? 1 : 4;
-  for (int first = threadIdx.x; first < side * quads; first += kAtOnce * kThreads) {
-    Four<T> values[kAtOnce];
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int index = first + u * kThreads;
-      values[u] = {};
-      if (index < m * quads) values[u] = landmarks.template four<T>(index / quads, 4 * (index % quads));
-    }
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int index = first + u * kThreads;
-      if (index < side * quads) from[index / quads * points.stride + index % quads] = values[u];
-    }
-  }
+  read_and_put<kThreads, kOneByOne<R> ? 1 : 4>(
+      side * quads,
+      [&](int index) {
+        return index < m * quads ? landmarks.template four<T>(index / quads, 4 * (index % quads)) : Four<T>{};
+      },
+      [&](int index, const Four<T>& value) { from[index / quads * points.stride + index % quads] = value; });
   __syncthreads();
   T* matrix = layout.matrix.in(memory);
   Tiles<4, true, Fixed>(side).each([&](const PairTile<4>& tile) {
@@ -146,10 +136,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   // Rows of any strides leave no register for it.
   const auto tokens = [&] { return kOneByOne<Read> ? shared.place->tokens : chunk.tokens; };
   for (int done = 0; done < tokens(); done += kTokens<T>) {
-    const int64_t first = shared.place->first + done;
-    const int count = min(tokens() - done, kTokens<T>);
-    const bool begins = done == 0;
-    const Head head = shared.place->head;
+    const auto [first, count, begins, head] = tile_of<T>(shared.place, done, tokens());
     __syncthreads();
     const auto load_round = [&](int round) {
       const LandmarkRows<T, DK, Read> landmarks(Read::of(a.landmarks, head),
@@ -362,6 +349,19 @@ struct QueryMemory {
 };
 static_assert(kTwoBlocksFit<QueryMemory<float, 2>>);
 
+// A round's landmarks with their U and t, for the passes over the queries.
+template <typename T, int DK, typename S, typename Arguments, typename Memory>
+__device__ inline void load_pooled(const Arguments& a, const Head& head, const Landmarks& which, int channels,
+                                   const Memory& shared) {
+  using Read = RowsOf<S, DK>;
+  using Matrix = MatrixOf<T, S, DK>;
+  const LandmarkRows<T, DK, Read> landmarks(Read::of(a.landmarks, head), which, kFar<T>);
+  const LandmarkRows<T, DK, Matrix> pooled(
+      Matrix::of(a.pooled_values + head.start(which.end * channels), channels), which, T{0});
+  const LandmarkNumbers<T> pooled_mass(a.pooled_mass + head.start(which.end), which);
+  landmarks.put(shared.landmarks), pooled.put(shared.pooled), pooled_mass.put(shared.pooled_mass);
+}
+
 template <typename T, int DK, typename S>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
     stream_queries(const QueryArguments<T> a) {
@@ -374,19 +374,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
   const int m = static_cast<int>(a.landmarks.size[2]), channels = Read::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
   for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
-    const int64_t first = shared.place->first + done;
-    const int count = min(chunk.tokens - done, kTokens<T>);
-    const bool begins = done == 0;
-    const Head head = shared.place->head;
+    const auto [first, count, begins, head] = tile_of<T>(shared.place, done, chunk.tokens);
     __syncthreads();
     const auto load_round = [&](int round) {
-      const Landmarks which{round * per_round, per_round, m};
-      const LandmarkRows<T, DK, Read> landmarks(Read::of(a.landmarks, head), which, kFar<T>);
-      using Matrix = MatrixOf<T, S, DK>;
-      const LandmarkRows<T, DK, Matrix> pooled(
-          Matrix::of(a.pooled_values + head.start(m * channels), channels), which, T{0});
-      const LandmarkNumbers<T> pooled_mass(a.pooled_mass + head.start(m), which);
-      landmarks.put(shared.landmarks), pooled.put(shared.pooled), pooled_mass.put(shared.pooled_mass);
+      load_pooled<T, DK, S>(a, head, {round * per_round, per_round, m}, channels, shared);
     };
     {
       OwnQuads<T, DK> queries;
@@ -501,10 +492,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     add_numbers<T>(mass_sum, group, set, dlandmarks + static_cast<int64_t>(m) * channels);
   };
   for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
-    const int64_t first = shared.place->first + done;
-    const int count = min(chunk.tokens - done, kTokens<T>);
-    const bool begins = done == 0;
-    const Head head = shared.place->head;
+    const auto [first, count, begins, head] = tile_of<T>(shared.place, done, chunk.tokens);
     __syncthreads();
     load_tokens<T, DK>(Read::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
     load_tokens<T, DK>(Read::of(a.grad, head).from(first), count, T{0}, shared.grads);
@@ -515,13 +503,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     unsigned pairs = 0;
     T mass[kPerLane<T>] = {}, dmass[kPerLane<T>] = {};
     const auto load_round = [&](int round) {
-      const Landmarks which{round * per_round, per_round, m};
-      const LandmarkRows<T, DK, Read> landmarks(Read::of(a.landmarks, head), which, kFar<T>);
-      using Matrix = MatrixOf<T, S, DK>;
-      const LandmarkRows<T, DK, Matrix> pooled(
-          Matrix::of(a.pooled_values + head.start(m * channels), channels), which, T{0});
-      const LandmarkNumbers<T> pooled_mass(a.pooled_mass + head.start(m), which);
-      landmarks.put(shared.landmarks), pooled.put(shared.pooled), pooled_mass.put(shared.pooled_mass);
+      load_pooled<T, DK, S>(a, head, {round * per_round, per_round, m}, channels, shared);
     };
     const auto compute_columns = [&](const Group& group) {
       pairs = kernel_columns<T, DK>(shared.queries, shared.landmarks + again(group.row) * kQuads<DK>,
@@ -681,10 +663,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     add_rows<T, DK>(sums, group, channels, set, a.partials + shared.place->chunk * m * channels);
   };
   for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
-    const int64_t first = shared.place->first + done;
-    const int count = min(chunk.tokens - done, kTokens<T>);
-    const bool begins = done == 0;
-    const Head head = shared.place->head;
+    const auto [first, count, begins, head] = tile_of<T>(shared.place, done, chunk.tokens);
     __syncthreads();
     load_tokens<T, DK>(Read::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
     {

@@ -93,10 +93,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(con
   const int lane = threadIdx.x % kWarp, m = static_cast<int>(a.y.size[2]), channels = Rows::channels_of(a.x),
             per_round = a.groups_per_round * kGroup;
   for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
-    const int64_t first = shared.place->first + done;
-    const int count = min(chunk.tokens - done, kTokens<T>);
-    const bool begins = done == 0;
-    const Head head = shared.place->head;
+    const auto [first, count, begins, head] = tile_of<T>(shared.place, done, chunk.tokens);
     __syncthreads();
     load_tokens<T, DK>(Rows::of(a.x, head).from(first), count, -kFar<T>, shared.tokens);
     for (int round = 0; round < a.rounds; ++round) {

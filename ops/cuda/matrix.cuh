@@ -114,7 +114,7 @@ __device__ inline void add_pair(Sum (&sum)[R][4]) {
   constexpr int kept = PairTile<R>::kKept;
 #pragma unroll
   for (int u = 0; u < kept; ++u) {
-    const int other = u < R / 2 ? u + kept : u;
+    const int other = u < PairTile<R>::kOwn ? u + kept : u;
 #pragma unroll
     for (int c = 0; c < 4; ++c) sum[u][c] += __shfl_xor_sync(0xffffffffu, sum[other][c], 1);
   }
@@ -154,7 +154,7 @@ __device__ inline void multiply_shared(const Tiles<R, kUpper, Fixed>& tiles, con
   // Sums in float64 take the registers that left rows in fours would.
   const int whole = sizeof(Sum) == 4 ? m / 4 * 4 : 0;
   tiles.each([&](const PairTile<R>& tile) {
-    constexpr int own_rows = R / 2, kept = PairTile<R>::kKept;
+    constexpr int own_rows = PairTile<R>::kOwn, kept = PairTile<R>::kKept;
     Sum sum[R][4] = {};
     // Pointers of their own, since the distance between a lane's own rows and the others depends on the lane.
     const Left *own = a + tile.row_of(0) * side, *middle = a + (tile.row + own_rows) * side,
@@ -262,7 +262,6 @@ __device__ inline void invert_shared(unsigned char* memory, const SolverLayout<T
   __syncthreads();
   // The start is c I, so the first step needs no product.
   const T start = factors[0] / bound, first = iters > 0 ? factors[1] * start : start;
-#pragma unroll 4
   for (int index = threadIdx.x; index < size; index += kThreads) {
     const int row = index / side, column = index % side;
     const T one = row == column && row < m ? T{1} : T{0};
@@ -286,7 +285,6 @@ __device__ inline void invert_shared(unsigned char* memory, const SolverLayout<T
   if constexpr (sizeof(T) == 4) {
     // The two buffers that are free lie together and hold w in float64; the residual takes its place.
     double* wide = reinterpret_cast<double*>(y < next ? y : next);
-#pragma unroll 4
     for (int index = threadIdx.x; index < size; index += kThreads) wide[index] = w[index];
     __syncthreads();
     multiply_shared<double>(all, wide, x, w, m, residual);
@@ -295,7 +293,6 @@ __device__ inline void invert_shared(unsigned char* memory, const SolverLayout<T
     multiply_shared<T>(all, w, x, next, m, residual);
     multiply_shared<T>(half, x, next, y, m, After<T>{T{1}, T{0}, x});
   }
-#pragma unroll 4
   for (int index = threadIdx.x; index < m * m; index += kThreads)
     inverse[index] = y[index / m * side + index % m];
 }

@@ -682,6 +682,19 @@ __device__ inline void put_place(const View& view, const Chunk& chunk, Place* pl
   __syncthreads();
 }
 
+// The tile after `done` of a chunk's tokens.
+struct Tile {
+  int64_t first;
+  int count;
+  bool begins;
+  Head head;
+};
+
+template <typename T>
+__device__ inline Tile tile_of(const Place* place, int done, int tokens) {
+  return {place->first + done, min(tokens - done, kTokens<T>), done == 0, place->head};
+}
+
 // The chunks of (batch, heads, tokens, channels).
 template <typename T>
 Cut cut_of(const Tensor& tokens) {
