@@ -79,7 +79,7 @@ def _checked_tensors(**tensors: Tensor) -> list[Tensor]:
     return list(tensors.values())
 
 
-def _implementation(backend: str | None, device: torch.device, head_dims: int = 0) -> ModuleType:
+def _implementation(backend: str | None, device: torch.device) -> ModuleType:
     """The module that serves a call.
 
     Raises:
@@ -90,7 +90,7 @@ def _implementation(backend: str | None, device: torch.device, head_dims: int = 
             "torch's legacy ONNX exporter writes a wrong file for this model (it takes no absolute value in "
             "an L1 distance): use tools/export.py, or torch.onnx.export(dynamo=True) as docs/export.md says."
         )
-    name = choose_backend(backend, device, head_dims)
+    name = choose_backend(backend, device)
     if name in EXPORT_FORMS:
         return importlib.import_module(f"lf_dense.backends.{name}")
     return native if name == "native" else reference
@@ -124,7 +124,7 @@ def laplacian_kernel(
             "M, d)."
         )
     check_kernel_scale(scale)
-    return _implementation(backend, x.device, x.shape[-1]).laplacian_kernel(x, y, scale)
+    return _implementation(backend, x.device).laplacian_kernel(x, y, scale)
 
 
 def newton_schulz_inverse(
@@ -231,10 +231,14 @@ def laplacian_attention(
     check_tau(tau)
     if not 0 < delta < math.inf:
         raise ValueError(f"delta is {delta}, and has to be a positive finite number.")
-    implementation = _implementation(backend, q.device, q.shape[-1])
-    if implementation is not reference and normalization == "mass":
+    implementation = _implementation(backend, q.device)
+    fused = implementation is not reference and normalization == "mass"
+    # A branch of its own: torch.compile then guards on this question alone, not on the number of channels.
+    if implementation is native and q.shape[-1] > native.fused_head_dims(q.device):
+        fused = False
+    if fused:
         return implementation.laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)
-    # Whitening composes the kernel, the solver and matrix products, on every backend.
+    # Whitening and wide heads compose the kernel, the solver and matrix products.
     return reference.laplacian_attention(
         q,
         k,

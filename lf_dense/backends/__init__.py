@@ -91,10 +91,11 @@ def _log_once(obstacle: str) -> None:
     )
 
 
-def choose_backend(argument: str | None, device: torch.device, head_dims: int = 0) -> str:
-    """Resolve a request to ``"reference"`` or ``"native"``, by the device and the channels of a point.
+@torch.compiler.assume_constant_result
+def choose_backend(argument: str | None, device: torch.device) -> str:
+    """Resolve a request to ``"reference"`` or ``"native"``, by the device.
 
-    Within ``exporting`` it is that form.
+    Within ``exporting`` it is that form. Under torch.compile this runs once, when the call is traced.
 
     ``"auto"`` that finds the native operators unable to serve logs the reason, once.
 
@@ -102,18 +103,10 @@ def choose_backend(argument: str | None, device: torch.device, head_dims: int = 
         RuntimeError: native was asked for and cannot serve.
         ValueError: the name is none of ``BACKENDS``.
     """
-    # A plain branch: torch.compile then guards on this question alone, and not on the number of channels.
-    wide = True if head_dims > native.max_head_dims(device) else False  # noqa: SIM210
-    return _resolve(argument, device, wide)
-
-
-@torch.compiler.assume_constant_result
-def _resolve(argument: str | None, device: torch.device, wide: bool) -> str:
-    """Under torch.compile this runs once, when the call is traced."""
     requested = requested_backend(argument)
     if requested == "reference" or requested in EXPORT_FORMS:
         return requested
-    obstacle = native.obstacle(device, wide=wide)
+    obstacle = native.obstacle(device)
     if obstacle is None:
         return "native"
     if requested == "native":

@@ -21,9 +21,6 @@ from torch.utils.flop_counter import register_flop_formula
 from .reference import common_dtype, compute_dtype, inverse_gradient
 
 MIN_TORCH = (2, 11)
-# A block keeps three tiles of tokens in shared memory; GPUs for graphics (8.6, 8.9) have 99 KB of it, those
-# for computing 163 and more.
-MAX_CUDA_HEAD_DIMS, MAX_CUDA_HEAD_DIMS_IN_99_KB = 128, 64
 MIN_CUDA_CAPABILITY = (8, 0)
 # The operators' namespace in torch.ops; the tests put the emulated CUDA operators in its place.
 LIBRARY = "lf_dense"
@@ -95,21 +92,24 @@ def _cuda_index(device: torch.device) -> int:
 
 
 @torch.compiler.assume_constant_result
-def max_head_dims(device: torch.device) -> float:
-    """The most channels that a point may have on this device; infinity where there is no limit."""
-    if device.type != "cuda" or library_obstacle("cuda"):
-        return float("inf")
-    roomy = _cuda_shared_memory(_cuda_index(device)) >= 160 * 1024
-    return MAX_CUDA_HEAD_DIMS if roomy else MAX_CUDA_HEAD_DIMS_IN_99_KB
+def fused_head_dims(device: torch.device) -> float:
+    """The most channels a head with which the attention is one operator; infinity where there is no limit."""
+    if device.type != "cuda":
+        return math.inf
+    return fused_in(_cuda_shared_memory(_cuda_index(device)))
 
 
-def obstacle(device: torch.device, *, wide: bool = False) -> str | None:
-    """Why the operators cannot serve a call, as a clause; None where they can.
+def fused_in(shared_memory: int) -> int:
+    """The same for a GPU with so many bytes of shared memory a block.
 
-    Args:
-        device: of the call's tensors.
-        wide: whether points have more than ``max_head_dims(device)`` channels.
+    A block keeps three tiles of 64 tokens there. GPUs for graphics (8.6, 8.9) have 99 KB, those for computing
+    163 and more.
     """
+    return 128 if shared_memory >= 160 * 1024 else 64
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why the operators cannot serve a call with tensors on this device, as a clause; None where they can."""
     missing = library_obstacle(device.type)
     if missing or device.type != "cuda":
         return missing
@@ -118,13 +118,7 @@ def obstacle(device: torch.device, *, wide: bool = False) -> str | None:
         wanted, found = ".".join(map(str, MIN_CUDA_CAPABILITY)), ".".join(map(str, capability))
         return f"they need a GPU of compute capability {wanted} or higher, and {device} has {found}"
     failure = _cuda_launch_failure(_cuda_index(device))
-    if failure:
-        return f"they do not run on {device} ({failure})"
-    return (
-        f"on this GPU they take up to {max_head_dims(device)} channels a head, and these have more"
-        if wide
-        else None
-    )
+    return f"they do not run on {device} ({failure})" if failure else None
 
 
 def _build_module() -> Any:
@@ -179,7 +173,7 @@ def newton_schulz_inverse(w: Tensor, iters: int, eps: float) -> Tensor:
 def laplacian_attention(
     q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor, scale: float, iters: int, eps: float, tau: float
 ) -> Tensor:
-    """See ``lf_dense.functional.laplacian_attention``; normalization ``"mass"``."""
+    """See ``lf_dense.functional.laplacian_attention``; ``"mass"``, up to ``fused_head_dims`` channels."""
     return _operators().laplacian_attention(q, k, v, landmarks, scale, iters, eps, tau)[0]
 
 

@@ -232,6 +232,10 @@ struct Rows {
   __device__ Rows from(int64_t row) const {
     return {at(row, 0), row_stride, channel_stride, channels, dtype};
   }
+  // Up to `most` channels from one on.
+  __device__ Rows slab(int channel, int most) const {
+    return {at(0, channel), row_stride, channel_stride, min(most, channels - channel), dtype};
+  }
   // Four channels from a multiple of four, zero beyond the last: in one access where the memory allows it.
   template <typename T>
   __device__ Four<T> four(int row, int channel) const {

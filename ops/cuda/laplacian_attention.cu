@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   // Of the only round into the partial sums, or a round's and a tile's added to them.
   const auto write = [&](const Group& group, bool set) {
     T* sums = a.partials + shared.place->chunk * a.partial_size;
-    add_rows<T, DK>(sum, group, channels, set, sums);
+    add_rows<T, DK>(sum, group, channels, channels, set, sums);
     add_numbers<T>(sums_by_landmark<T>(kernel_sum), group, set,
                    sums + static_cast<int64_t>(m + 2) * channels);
   };
@@ -487,8 +487,8 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     T* dlandmarks = dvalues + static_cast<int64_t>(m) * channels;
     Vector<T, DK> sums[kGroup];
     gradients.finish(sums);
-    add_rows<T, DK>(value_sum, group, channels, set, dvalues);
-    add_rows<T, DK>(sums, group, channels, set, dlandmarks);
+    add_rows<T, DK>(value_sum, group, channels, channels, set, dvalues);
+    add_rows<T, DK>(sums, group, channels, channels, set, dlandmarks);
     add_numbers<T>(mass_sum, group, set, dlandmarks + static_cast<int64_t>(m) * channels);
   };
   for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
@@ -582,7 +582,8 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
         sum_over_tokens<T, DK>(own, shared.grads, value_sum);
         __syncwarp();
         drop_coinciding<T>(pairs, weights);
-        put_weights<T>(weights, own, totals);
+        put_columns<T>(weights, own);
+        put_totals<T>(weights, totals);
       }
       __syncthreads();
       sign_gradients<T, DK>(own, totals, shared.queries, shared.landmarks + group.row * kQuads<DK>,
@@ -660,7 +661,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
   const auto write = [&](const Group& group, bool set) {
     Vector<T, DK> sums[kGroup];
     gradients.finish(sums);
-    add_rows<T, DK>(sums, group, channels, set, a.partials + shared.place->chunk * m * channels);
+    add_rows<T, DK>(sums, group, channels, channels, set, a.partials + shared.place->chunk * m * channels);
   };
   for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
     const auto [first, count, begins, head] = tile_of<T>(shared.place, done, chunk.tokens);
@@ -736,7 +737,8 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
       }
       __syncthreads();
       if (group.count > 0) {
-        put_weights<T>(weights, own, totals);
+        put_columns<T>(weights, own);
+        put_totals<T>(weights, totals);
         __syncwarp();
       }
       sign_gradients<T, DK>(own, totals, shared.keys, shared.landmarks + group.row * kQuads<DK>,

@@ -3,22 +3,24 @@
 namespace lf {
 namespace {
 
+// kappa, or where there is an upstream gradient the weights of the points' gradients: 2 kappa / scale times
+// it.
 template <typename T>
-struct ForwardArguments {
-  View x, y, out;
+struct MatrixArguments {
+  View x, y, upstream, out;
   Scale<T> scale;
   int groups_per_round, rounds;
   int64_t tiles;
 };
 
 template <typename T, int DK>
-struct ForwardMemory {
+struct MatrixMemory {
   Four<T>*tokens, *landmarks;
   T* columns;
   int64_t bytes;
 
   template <typename L>
-  __host__ __device__ constexpr ForwardMemory(L layout, int groups, bool) {
+  __host__ __device__ constexpr MatrixMemory(L layout, int groups, bool) {
     tokens = layout.template tokens<T, DK>();
     landmarks = layout.template landmarks<T, DK>(groups);
     columns = layout.template columns<T>(groups);
@@ -26,56 +28,87 @@ struct ForwardMemory {
   }
 };
 
-template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) forward(const ForwardArguments<T> a) {
+// Visits a tile's part of a matrix (tokens, landmarks), one round of landmarks, landmarks fastest.
+template <typename Visit>
+__device__ inline void each_of_tile(int tokens, int landmarks, const Visit& visit) {
+  for (int index = threadIdx.x; index < tokens * landmarks; index += kThreads)
+    visit(index / landmarks, index % landmarks);
+}
+
+template <typename T, int DK, bool kWeights>
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) matrix(const MatrixArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  const ForwardMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
+  const MatrixMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const int64_t head = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * kTokens<T>;
   const Rows x = Rows::of(a.x, head), y = Rows::of(a.y, head), out = Rows::of(a.out, head);
-  const int m = static_cast<int>(a.y.size[2]),
+  const int m = static_cast<int>(a.y.size[2]), per_round = a.groups_per_round * kGroup,
             count = static_cast<int>(min(static_cast<int64_t>(kTokens<T>), a.x.size[2] - first));
-  const int per_round = a.groups_per_round * kGroup;
-  load_tokens<T, DK>(x.from(first), count, -kFar<T>, shared.tokens);
   for (int round = 0; round < a.rounds; ++round) {
     const Group group(round, a.groups_per_round, m);
-    const LandmarkRows<T, DK, Rows> landmarks(y, {round * per_round, per_round, m}, kFar<T>);
-    landmarks.put(shared.landmarks);
-    __syncthreads();
+    const int before = round * per_round, width = min(per_round, m - before);
+    Columns<T> values = {};
+    for (int channel = 0; channel < x.channels; channel += kSlab<DK>) {
+      const Rows tokens = x.slab(channel, kSlab<DK>), landmarks = y.slab(channel, kSlab<DK>);
+      __syncthreads();
+      // A head of one slab keeps its tokens throughout the rounds.
+      if (round == 0 || x.channels > kSlab<DK>)
+        load_tokens<T, DK>(tokens.from(first), count, -kFar<T>, shared.tokens);
+      LandmarkRows<T, DK, Rows>(landmarks, {before, per_round, m}, kFar<T>).put(shared.landmarks);
+      __syncthreads();
+      if (group.count > 0)
+        add_distances<T, DK>(shared.tokens, shared.landmarks + group.row * kQuads<DK>, tokens.channels,
+                             values);
+    }
+    if constexpr (kWeights) {
+      const Rows upstream = Rows::of(a.upstream, head);
+      each_of_tile(count, width, [&](int token, int column) {
+        shared.columns[column * kColumnStride<T> + token] =
+            load<T>(upstream.at(first + token, before + column), upstream.dtype);
+      });
+      __syncthreads();
+    }
     if (group.count > 0) {
-      Columns<T> values;
-      kernel_columns<T, DK>(shared.tokens, shared.landmarks + group.row * kQuads<DK>, x.channels,
-                            a.scale.exponent, values);
-      put_columns<T>(values, shared.columns + group.row * kColumnStride<T>);
+      T* own = shared.columns + group.row * kColumnStride<T>;
+      const unsigned pairs = kernel_of_distances<T>(a.scale.exponent, values);
+      if constexpr (kWeights) {
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+          for (int i = 0; i < kPerLane<T>; ++i)
+            values[j][i] *=
+                own[j * kColumnStride<T> + threadIdx.x % kWarp + i * kWarp] * a.scale.twice_inverse;
+        }
+        drop_coinciding<T>(pairs, values);
+      }
+      put_columns<T>(values, own);
     }
     __syncthreads();
-    const int width = min(per_round, m - round * per_round);
-    for (int index = threadIdx.x; index < count * width; index += kThreads) {
-      const int token = index / width, column = index % width;
-      store<T>(out.at(first + token, round * per_round + column), out.dtype,
+    each_of_tile(count, width, [&](int token, int column) {
+      store<T>(out.at(first + token, before + column), out.dtype,
                shared.columns[column * kColumnStride<T> + token]);
-    }
+    });
     __syncthreads();
   }
 }
 
+// The points' gradients from their weights, a slab of channels a block.
 template <typename T>
-struct BackwardArguments {
-  View grad, x, y, dx;
-  Scale<T> scale;
-  int groups_per_round, rounds;
+struct SignArguments {
+  View weights, x, y, dx;
+  int groups_per_round, rounds, slabs;
   Cut cut;
   T* partials;  // (heads, chunks, m, channels)
 };
 
 template <typename T, int DK>
-struct BackwardMemory {
+struct SignMemory {
   Place* place;
   Four<T>*tokens, *dtokens, *landmarks;
   T *columns, *totals;
   int64_t bytes;
 
   template <typename L>
-  __host__ __device__ constexpr BackwardMemory(L layout, int groups, bool) {
+  __host__ __device__ constexpr SignMemory(L layout, int groups, bool) {
     place = layout.template take<Place>(1);
     tokens = layout.template tokens<T, DK>(), dtokens = layout.template tokens<T, DK>();
     landmarks = layout.template landmarks<T, DK>(groups);
@@ -85,58 +118,54 @@ struct BackwardMemory {
 };
 
 template <typename T, int DK>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) backward(const BackwardArguments<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) signs(const SignArguments<T> a) {
   LF_SHARED_MEMORY(memory);
-  const BackwardMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
-  const Chunk chunk = a.cut.of_block(blockIdx.x);
+  const SignMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
+  const Chunk chunk = a.cut.of_block(blockIdx.x / a.slabs);
   put_place(a.x, chunk, shared.place);
-  const int lane = threadIdx.x % kWarp, m = static_cast<int>(a.y.size[2]), channels = Rows::channels_of(a.x),
-            per_round = a.groups_per_round * kGroup;
+  const int m = static_cast<int>(a.y.size[2]), channels = Rows::channels_of(a.x),
+            per_round = a.groups_per_round * kGroup, channel = blockIdx.x % a.slabs * kSlab<DK>;
   for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
     const auto [first, count, begins, head] = tile_of<T>(shared.place, done, chunk.tokens);
+    const Rows tokens = Rows::of(a.x, head).slab(channel, kSlab<DK>);
     __syncthreads();
-    load_tokens<T, DK>(Rows::of(a.x, head).from(first), count, -kFar<T>, shared.tokens);
+    load_tokens<T, DK>(tokens.from(first), count, -kFar<T>, shared.tokens);
     for (int round = 0; round < a.rounds; ++round) {
       const Group group(round, a.groups_per_round, m);
-      const LandmarkRows<T, DK, Rows> landmarks(Rows::of(a.y, head), {round * per_round, per_round, m},
-                                                kFar<T>);
-      landmarks.put(shared.landmarks);
-      const Rows grad = Rows::of(a.grad, head);
-      const int width = min(per_round, m - round * per_round);
-      for (int index = threadIdx.x; index < kTokens<T> * width; index += kThreads) {
-        const int token = index / width, column = index % width;
+      const int before = round * per_round;
+      LandmarkRows<T, DK, Rows>(Rows::of(a.y, head).slab(channel, kSlab<DK>), {before, per_round, m}, kFar<T>)
+          .put(shared.landmarks);
+      const Rows weights = Rows::of(a.weights, head);
+      each_of_tile(kTokens<T>, per_round, [&](int token, int column) {
+        const bool real = token < count && before + column < m;
         shared.columns[column * kColumnStride<T> + token] =
-            token < count ? load<T>(grad.at(first + token, round * per_round + column), grad.dtype) : T{0};
-      }
+            real ? load<T>(weights.at(first + token, before + column), weights.dtype) : T{0};
+      });
       __syncthreads();
-      T* own = shared.columns + group.row * kColumnStride<T>;
+      T *own = shared.columns + group.row * kColumnStride<T>,
+        *totals = shared.totals + group.row / kGroup * kColumnStride<T>;
       if (group.count > 0) {
-        Columns<T> values;
-        const unsigned pairs = kernel_columns<T, DK>(shared.tokens, shared.landmarks + group.row * kQuads<DK>,
-                                                     channels, a.scale.exponent, values);
+        Columns<T> doubled;
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
-          for (int i = 0; i < kPerLane<T>; ++i) {
-            const T upstream = j < group.count ? own[j * kColumnStride<T> + lane + i * kWarp] : T{0};
-            values[j][i] *= upstream * a.scale.twice_inverse;
-          }
+          for (int i = 0; i < kPerLane<T>; ++i)
+            doubled[j][i] = own[j * kColumnStride<T> + threadIdx.x % kWarp + i * kWarp];
         }
-        drop_coinciding<T>(pairs, values);
-        put_weights<T>(values, own, shared.totals + group.row / kGroup * kColumnStride<T>);
+        put_totals<T>(doubled, totals);
         __syncwarp();
       }
       LandmarkGradients<T, DK> gradients;
-      sign_gradients<T, DK>(own, shared.totals + group.row / kGroup * kColumnStride<T>, shared.tokens,
-                            shared.landmarks + group.row * kQuads<DK>, group.count > 0, round == 0,
-                            shared.dtokens, gradients);
+      sign_gradients<T, DK>(own, totals, shared.tokens, shared.landmarks + group.row * kQuads<DK>,
+                            group.count > 0, round == 0, shared.dtokens, gradients);
       if (group.count > 0) {
         Vector<T, DK> sums[kGroup];
         gradients.finish(sums);
-        add_rows<T, DK>(sums, group, channels, begins, a.partials + shared.place->chunk * m * channels);
+        add_rows<T, DK>(sums, group, tokens.channels, channels, begins,
+                        a.partials + shared.place->chunk * m * channels + channel);
       }
     }
-    store_tokens<T, DK>(shared.dtokens, Rows::of(a.dx, head).from(first), count);
+    store_tokens<T, DK>(shared.dtokens, Rows::of(a.dx, head).slab(channel, kSlab<DK>).from(first), count);
   }
 }
 
@@ -224,25 +253,36 @@ Tensor arithmetic_floor(const Tensor& like, int64_t pairs) {
 
 }  // namespace
 
-void kernel_matrix(const Tensor& x, const Tensor& y, double scale, const Tensor& out) {
-  with_tiling(x, [&]<typename T, int DK>() {
-    ForwardArguments<T> a{
-        view(x), view(y), view(out), static_cast<T>(scale), 0, 0, (x.size(2) + kTokens<T> - 1) / kTokens<T>};
-    const int64_t bytes = plan_rounds<ForwardMemory<T, DK>>(y.size(2), a);
-    launch(forward<T, DK>, a.x.heads() * a.tiles, kThreads, bytes, x, a);
+namespace {
+
+template <bool kWeights>
+void launch_matrix(const Tensor& x, const Tensor& y, double scale, const View& upstream, const Tensor& out) {
+  with_slabs(x, [&]<typename T, int DK>() {
+    const int64_t tiles = (x.size(2) + kTokens<T> - 1) / kTokens<T>;
+    MatrixArguments<T> a{view(x), view(y), upstream, view(out), static_cast<T>(scale), 0, 0, tiles};
+    const int64_t bytes = plan_rounds<MatrixMemory<T, DK>>(y.size(2), a);
+    launch(matrix<T, DK, kWeights>, a.x.heads() * a.tiles, kThreads, bytes, x, a);
   });
+}
+
+}  // namespace
+
+void kernel_matrix(const Tensor& x, const Tensor& y, double scale, const Tensor& out) {
+  launch_matrix<false>(x, y, scale, {}, out);
 }
 
 void kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& y, double scale, const Tensor& dx,
                       const Tensor& dy) {
-  with_tiling(x, [&]<typename T, int DK>() {
-    const int64_t heads = x.size(0) * x.size(1), m = y.size(2), channels = x.size(3);
+  const int64_t heads = x.size(0) * x.size(1), m = y.size(2), channels = x.size(3);
+  const Tensor weights = empty({x.size(0), x.size(1), x.size(2), m}, compute_type(x), x);
+  launch_matrix<true>(x, y, scale, view(grad), weights);
+  with_slabs(x, [&]<typename T, int DK>() {
     const Cut cut = cut_of<T>(x);
-    Tensor partials = empty({heads, cut.chunks, m, channels}, compute_type(x), x);
-    BackwardArguments<T> a{view(grad), view(x), view(y), view(dx),         static_cast<T>(scale),
-                           0,          0,       cut,     data<T>(partials)};
-    const int64_t bytes = plan_rounds<BackwardMemory<T, DK>>(m, a);
-    launch(backward<T, DK>, heads * cut.chunks, kThreads, bytes, x, a);
+    const Tensor partials = empty({heads, cut.chunks, m, channels}, compute_type(x), x);
+    const int slabs = static_cast<int>((channels + kSlab<DK> - 1) / kSlab<DK>);
+    SignArguments<T> a{view(weights), view(x), view(y), view(dx), 0, 0, slabs, cut, data<T>(partials)};
+    const int64_t bytes = plan_rounds<SignMemory<T, DK>>(m, a);
+    launch(signs<T, DK>, heads * cut.chunks * slabs, kThreads, bytes, x, a);
     reduce<T>({.partials = data<T>(partials),
                .heads = heads,
                .chunks = cut.chunks,

@@ -357,14 +357,11 @@ __device__ inline void drop_coinciding(unsigned pairs, Columns<T>& weights) {
   }
 }
 
-// kappa between the lanes' tokens and the warp's landmarks, 2 to the power of the distance times `exponent`,
-// and which of them coincide.
+// out[j][i] += the L1 distance between the lanes' tokens and the warp's landmarks in these channels.
 template <typename T, int DK>
-__device__ inline unsigned kernel_columns(const Four<T>* tokens, const Four<T>* landmarks, int channels,
-                                          T exponent, Columns<T>& out) {
+__device__ inline void add_distances(const Four<T>* tokens, const Four<T>* landmarks, int channels,
+                                     Columns<T>& out) {
   const int quads = even_quads(channels);
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j) clear(out[j]);
   for (int first = 0; first < quads; first += kSummedQuads) {
     Columns<T> sum = {};
     add_channels<T, DK, 2>(
@@ -376,13 +373,28 @@ __device__ inline unsigned kernel_columns(const Four<T>* tokens, const Four<T>* 
       for (int i = 0; i < kPerLane<T>; ++i) out[j][i] += sum[j][i];
     }
   }
-  const unsigned pairs = coinciding<T>(out);
+}
+
+// Distances become kappa, 2 to the power of the distance times `exponent`; gives the pairs that coincide.
+template <typename T>
+__device__ inline unsigned kernel_of_distances(T exponent, Columns<T>& columns) {
+  const unsigned pairs = coinciding<T>(columns);
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
-    for (int i = 0; i < kPerLane<T>; ++i) out[j][i] = power_of_two(out[j][i] * exponent);
+    for (int i = 0; i < kPerLane<T>; ++i) columns[j][i] = power_of_two(columns[j][i] * exponent);
   }
   return pairs;
+}
+
+// Both of all channels.
+template <typename T, int DK>
+__device__ inline unsigned kernel_columns(const Four<T>* tokens, const Four<T>* landmarks, int channels,
+                                          T exponent, Columns<T>& out) {
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) clear(out[j]);
+  add_distances<T, DK>(tokens, landmarks, channels, out);
+  return kernel_of_distances<T>(exponent, out);
 }
 
 // Inner products of the lanes' tokens with the warp's landmark rows.
@@ -550,11 +562,9 @@ __device__ inline T sums_by_landmark(const T (&lane_values)[kGroup]) {
   return sum;
 }
 
-// The warp's columns of 2 w into its rows of shared memory, and half their sums over the landmarks into
-// `totals`.
+// Half the warp's sums over its landmarks of 2 w.
 template <typename T>
-__device__ inline void put_weights(const Columns<T>& doubled, T* columns, T* totals) {
-  put_columns<T>(doubled, columns);
+__device__ inline void put_totals(const Columns<T>& doubled, T* totals) {
 #pragma unroll
   for (int i = 0; i < kPerLane<T>; ++i) {
     T total = 0;
@@ -647,10 +657,10 @@ __device__ inline void add_to(T* to, bool set, T sum) {
   *to = set ? sum : *to + sum;
 }
 
-// The warp's per-landmark sums into the chunk's partial sums (stride `channels`), or added to them.
+// The warp's per-landmark sums into the chunk's partial sums, rows of `stride`, or added to them.
 template <typename T, int DK, int V>
-__device__ inline void add_rows(const Vector<T, V> (&sum)[kGroup], const Group& group, int channels, bool set,
-                                T* partial) {
+__device__ inline void add_rows(const Vector<T, V> (&sum)[kGroup], const Group& group, int channels,
+                                int stride, bool set, T* partial) {
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
@@ -658,7 +668,7 @@ __device__ inline void add_rows(const Vector<T, V> (&sum)[kGroup], const Group& 
       const T all = sum_of_shares<T, DK, V>(sum[j].at[u]);
       const int channel = own_channel<DK, V>() + u;
       if (own_share<DK, V>() == 0 && j < group.count && channel < channels)
-        add_to(partial + static_cast<int64_t>(group.first + j) * channels + channel, set, all);
+        add_to(partial + static_cast<int64_t>(group.first + j) * stride + channel, set, all);
     }
   }
 }
@@ -756,9 +766,7 @@ int64_t plan_rounds(int64_t m, Arguments& arguments) {
   if (groups > kWarps || bytes(groups, false) > limit) {
     const int64_t fixed = bytes(0, true), per_group = bytes(1, true) - fixed,
                   fit = std::min<int64_t>((limit - fixed) / per_group, kWarps);
-    STD_TORCH_CHECK(fit >= 1,
-                    "lf_dense: this GPU has too little shared memory for so many channels a head; use the "
-                    "backend 'reference'.");
+    STD_TORCH_CHECK(fit >= 1, "lf_dense: this GPU has too little shared memory for so many channels a head.");
     rounds = (groups + fit - 1) / fit;
   }
   const int64_t together = (groups + rounds - 1) / rounds;
@@ -767,7 +775,7 @@ int64_t plan_rounds(int64_t m, Arguments& arguments) {
   return bytes(together, arguments.rounds > 1);
 }
 
-// Calls run<T, DK>() for the tensors' compute type and channels.
+// Calls run<T, DK>() for the tensors' compute type and channels, all of which a block has at once.
 template <typename Run>
 void with_tiling(const Tensor& points, const Run& run) {
   const int64_t channels = points.size(3), vectors = (channels + kWarp - 1) / kWarp;
@@ -784,5 +792,20 @@ void with_tiling(const Tensor& points, const Run& run) {
     run.template operator()<float, 4>();
   }
 }
+
+// The same for kernels that take one slab of 32 DK channels after another, however many there are.
+template <typename Run>
+void with_slabs(const Tensor& points, const Run& run) {
+  if (points.scalar_type() == ScalarType::Double) {
+    run.template operator()<double, 2>();
+  } else if (points.size(3) <= kWarp) {
+    run.template operator()<float, 1>();
+  } else {
+    run.template operator()<float, 2>();
+  }
+}
+
+template <int DK>
+constexpr int kSlab = kWarp * DK;
 
 }  // namespace lf

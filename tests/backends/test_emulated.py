@@ -10,7 +10,7 @@ import torch
 
 from lf_dense import laplacian_attention, laplacian_kernel, newton_schulz_inverse, use_backend
 from support import ROOT, emulated
-from support.literal import exact_inverse, gradients, gram, make_inputs, relative_error
+from support.literal import exact_inverse, gradients, gram, kappa, make_inputs, relative_error
 from support.multiprocessors import loads
 
 ORDERS = ("forward", "reverse", "random")
@@ -58,7 +58,9 @@ def test_threads_may_run_in_any_order(shape, dtype, monkeypatch):
 
 @pytest.mark.parametrize("m", [9, 60])
 @pytest.mark.parametrize(
-    ("limit", "d"), [(101376, 64), (166912, 128), (232448, 128)], ids=["sm_86", "sm_80", "sm_90"]
+    ("limit", "d"),
+    [(101376, 64), (101376, 100), (166912, 128), (232448, 128), (232448, 200)],
+    ids=["sm_86", "sm_86 in slabs", "sm_80", "sm_90", "sm_90 in slabs"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_gpus_with_less_shared_memory(m, limit, d, dtype, monkeypatch):
@@ -67,6 +69,34 @@ def test_gpus_with_less_shared_memory(m, limit, d, dtype, monkeypatch):
     weight = torch.randn_like(inputs[2])
     monkeypatch.setenv("LF_EMULATION_SHARED_BYTES", str(limit))
     assert_rounds_like_the_reference(inputs, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [129, 256, 300])
+@pytest.mark.parametrize("m", [9, 60])
+def test_heads_wider_than_shared_memory(d, m, dtype, monkeypatch):
+    emulated.install(monkeypatch)
+    inputs = make_inputs(batch=2, heads=2, n=150, d=d, m=m, spread=0.1, dtype=dtype)
+    for x in inputs:
+        x[1, 1, 0] = inputs[3][1, 1, 0]
+    assert_rounds_like_the_reference(inputs, torch.randn(inputs[2].shape).to(dtype))
+
+
+def test_the_kernels_gradient_of_many_channels_is_a_slab_a_block(monkeypatch):
+    """Each number of channels beside each number of landmarks; a blank image's gradient is 0."""
+    emulated.install(monkeypatch)
+    for channels in (1, 32, 33, 64, 65, 128, 129, 500):
+        for m in (1, 8, 57):
+            x, y = torch.randn(1, 2, 70, channels) / channels, torch.randn(1, 2, m, channels) / channels
+            weight = torch.randn(1, 2, 70, m)
+            with use_backend("native"):
+                got = [laplacian_kernel(x, y), *gradients(laplacian_kernel, [x, y], weight)]
+                blank = gradients(laplacian_kernel, [torch.ones_like(x), torch.ones_like(y)], weight)
+            exact = [x.double(), y.double()]
+            right = [kappa(*exact), *gradients(kappa, exact, weight.double())]
+            for mine, other in zip(got, right):
+                assert relative_error(mine, other) <= 2e-6, (channels, m)
+            assert all(torch.equal(x, torch.zeros_like(x)) for x in blank)
 
 
 @pytest.mark.parametrize(("dtype", "n"), [(torch.float64, 17_000), (torch.float32, 33_500)], ids=str)
