@@ -32,7 +32,7 @@ from .options import check_folder
 from .report import Record, markdown_head, markdown_row, write_json
 from .sass import Kernel, cubin_kernels, read_code
 from .schedule import LATENCY, MACHINES, SCHEDULERS, Costs, Machine, blocks_at_once, clocks_of
-from .warps import LANES, Warp
+from .warps import LANES, SharedMemory, Warp
 
 ROOT = Path(__file__).resolve().parents[2]
 # As setup.py compiles them.
@@ -288,15 +288,16 @@ def place_of(launch: Launch, index: int) -> tuple[int, int, int]:
     return index % across, index // across % down, index // across // down
 
 
-def follow_warp(launch: Launch, index: int, number: int = 0) -> Warp:
-    warp = Warp(launch.kernel, launch.constants, place_of(launch, index), number, launch.threads)
+def follow_warp(launch: Launch, index: int, number: int = 0, memory: SharedMemory | None = None) -> Warp:
+    warp = Warp(launch.kernel, launch.constants, place_of(launch, index), number, launch.threads, memory)
     warp.run()
     return warp
 
 
 def follow(launch: Launch, index: int) -> Block:
     """What a block of a launch issues."""
-    warps = [follow_warp(launch, index, number) for number in range(-(-launch.threads // LANES))]
+    memory = SharedMemory()
+    warps = [follow_warp(launch, index, number, memory) for number in range(-(-launch.threads // LANES))]
     wavefronts = collections.Counter[int]()
     for warp in warps:
         wavefronts.update(warp.conflicts)

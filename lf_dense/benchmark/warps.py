@@ -1,8 +1,9 @@
 """Follows a warp through its machine code and counts what it issues.
 
 Integers and predicates are computed, for each lane where lanes differ, from the launch's arguments and from
-block and thread index. Floating-point numbers and what is read from memory stay unknown. A condition on an
-unknown number counts as false, which is the usual path of a division; a loop that hangs on one is an error.
+block and thread index. Floating-point numbers and what is read from global memory stay unknown. A condition
+on an unknown number counts as false, which is the usual path of a division; a loop that hangs on one is an
+error.
 """
 
 from __future__ import annotations
@@ -76,13 +77,51 @@ def negated(predicate: Any) -> Any:
     return ~predicate if isinstance(predicate, np.ndarray) else not predicate
 
 
+class SharedMemory:
+    """The integers that a block's warps, which are followed one after another, leave for each other.
+
+    A word counts as known where nothing else is ever written: whoever reads it later finds it.
+    """
+
+    def __init__(self) -> None:
+        self.words: dict[int, int | None] = {}
+
+    def write(self, addresses: Value, values: list[Value], lanes: int) -> None:
+        """Words that lie one after another, of each lane."""
+        if isinstance(addresses, np.ndarray) and lanes & (lanes - 1):
+            places = addresses[lanes_of(lanes)]
+            low, high = int(places.min()), int(places.max()) + 4 * len(values)
+            for place in [place for place in self.words if low <= place < high]:
+                self.words[place] = None
+            return
+        lane = lanes.bit_length() - 1
+        for number, value in enumerate(values):
+            one = int(value[lane]) if isinstance(value, np.ndarray) and lanes == 1 << lane else value
+            word = one if isinstance(one, int) else None
+            place = int(addresses[lane] if isinstance(addresses, np.ndarray) else addresses) + 4 * number
+            self.words[place] = word if self.words.get(place, word) == word else None
+
+    def read(self, address: Value, count: int) -> list[int | None]:
+        """Words that all lanes read alike; None where nobody knows."""
+        if not isinstance(address, int):
+            return [None] * count
+        return [self.words.get(address + 4 * number) for number in range(count)]
+
+
 class Warp:
     """The state of one warp, and the addresses of what it issued."""
 
     def __init__(
-        self, kernel: Kernel, constants: bytes, block: tuple[int, int, int], warp: int, threads: int
+        self,
+        kernel: Kernel,
+        constants: bytes,
+        block: tuple[int, int, int],
+        warp: int,
+        threads: int,
+        memory: SharedMemory | None = None,
     ):
         self.kernel, self.banks = kernel, {"0": constants, "2": kernel.literals}
+        self.memory = memory or SharedMemory()
         self.registers: dict[str, Value] = {}
         self.predicates: dict[str, Any] = {}
         first = warp * LANES
@@ -1074,14 +1113,15 @@ def vote(line: Instruction) -> Action | None:
 
 
 def shared(line: Instruction) -> Action | None:
-    """LDS and STS: clocks of the shared-memory unit, from the lanes' addresses."""
-    forgotten = forget(line) if line.opcode == "LDS" else None
+    """LDS and STS: clocks of the shared-memory unit, from the lanes' addresses, and what is known there."""
+    results = results_of(line)
     place = next((text for text in line.operands if text.startswith("[")), "[]")[1:-1]
     width = 16 if "128" in line.modifiers else 8 if "64" in line.modifiers else 4
     parts = [part for part in re.split(r"\+(?=[UR0-9-])", place) if part]
     readers = [reader(part.split(".")[0]) for part in parts]
     scaled = [int(found[1]) if (found := re.search(r"\.X(\d+)$", part)) else 1 for part in parts]
     number = line.address // 16
+    stored = [reader(following(line.operands[-1], word)) for word in range(width // 4)]
 
     def act(warp: Warp, lanes: int) -> None:
         if not lanes:
@@ -1098,8 +1138,11 @@ def shared(line: Instruction) -> Action | None:
         else:
             clocks = width // 4 if total is None else max(1, width // 8)
         warp.conflicts[number] = warp.conflicts.get(number, 0) + clocks
-        if forgotten is not None:
-            forgotten(warp, lanes)
+        if results:
+            for name, value in zip(results, warp.memory.read(total, len(results))):
+                warp.write(name, value, lanes)
+        elif total is not None:
+            warp.memory.write(total, [read(warp) for read in stored], lanes)
 
     return act
 

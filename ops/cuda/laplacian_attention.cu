@@ -120,8 +120,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
     return;
   }
   const KeyMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
-  const Chunk chunk = a.cut.of_block(block - solvers_before);
-  put_place(a.k, chunk, shared.place);
+  put_place(a.k, a.cut, block - solvers_before, shared.place);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = Read::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
   Four<T> sum[kGroup] = {};
@@ -129,14 +128,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   // Of the only round into the partial sums, or a round's and a tile's added to them.
   const auto write = [&](const Group& group, bool set) {
     T* sums = a.partials + shared.place->chunk * a.partial_size;
-    add_rows<T, DK>(sum, group, channels, channels, set, sums);
+    add_rows<T, DK, Read>(sum, group, channels, channels, set, sums);
     add_numbers<T>(sums_by_landmark<T>(kernel_sum), group, set,
                    sums + static_cast<int64_t>(m + 2) * channels);
   };
-  // Rows of any strides leave no register for it.
-  const auto tokens = [&] { return kOneByOne<Read> ? shared.place->tokens : chunk.tokens; };
-  for (int done = 0; done < tokens(); done += kTokens<T>) {
-    const auto [first, count, begins, head] = tile_of<T>(shared.place, done, tokens());
+  for (int done = 0; done < shared.place->tokens; done += kTokens<T>) {
+    const auto [first, count, begins, head] = tile_of<T>(shared.place, done);
     __syncthreads();
     const auto load_round = [&](int round) {
       const LandmarkRows<T, DK, Read> landmarks(Read::of(a.landmarks, head),
@@ -149,10 +146,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
       read_tokens<T, DK>(Read::of(a.v, head).from(first), count, T{0}, shared.values, values);
       if (begins || a.rounds > 1) load_round(0);
       if constexpr (!kOneByOne<Read>) put_tokens<T, DK>(keys, shared.keys);
-      const Four<T> shift =
-          begins ? mean_of_tokens<T, DK>(values, count, shared.parts) : shared.shift[own_quad<DK>()];
-      if (begins && threadIdx.x < kQuads<DK>) shared.shift[threadIdx.x] = shift;
-      subtract<T, DK>(shift, count, values);
+      if (begins) mean_of_tokens<T, DK>(values, count, shared.parts, shared.shift);
+      subtract<T, DK>(shared.shift[own_quad<DK>()], count, values);
       put_tokens<T, DK>(values, shared.values);
     }
     for (int round = 0; round < a.rounds; ++round) {
@@ -182,8 +177,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) stream_keys(
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
   T* shift_sums = a.partials + shared.place->chunk * a.partial_size + static_cast<int64_t>(m) * channels;
-  if (threadIdx.x < kQuads<DK>) put_quad<T>(shared.shift[threadIdx.x], threadIdx.x, channels, shift_sums);
-  put_sum<T, DK>(shared.deviation, channels, shift_sums + channels);
+  if (threadIdx.x < kQuads<DK>) put_quad<Read>(shared.shift[threadIdx.x], threadIdx.x, channels, shift_sums);
+  put_sum<T, DK, Read>(shared.deviation, channels, shift_sums + channels);
 }
 
 // The chunks' sums added up, four channels of one head a block and one more block a head for the mass: the
@@ -232,7 +227,7 @@ __global__ void __launch_bounds__(64 * kSlices) finish_keys(const FinishArgument
                 deviation_at = shift_at + a.channels, mass_at = static_cast<int64_t>(a.m + 2) * a.channels;
   const T* inverse = a.inverse + head * a.m * a.m;
   const auto read = [&](const T* four) {
-    return a.channels % 4 == 0 ? vector_at<4>(four) : read_quad<T>(four, 0, width);
+    return a.channels % 4 == 0 ? vector_at<4>(four) : read_quad<Rows>(four, 0, width);
   };
   if (!for_mass) {
     double own[4] = {};
@@ -283,7 +278,7 @@ __global__ void __launch_bounds__(64 * kSlices) finish_keys(const FinishArgument
     } else if (a.channels % 4 == 0) {
       add_chunks([](const T* quad) { return vector_at<4>(quad); });
     } else {
-      add_chunks([width](const T* quad) { return read_quad<T>(quad, 0, width); });
+      add_chunks([width](const T* quad) { return read_quad<Rows>(quad, 0, width); });
     }
     __syncthreads();
     slices[threadIdx.x] = sum;
@@ -369,12 +364,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
   LF_SHARED_MEMORY(memory);
   const QueryMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Chunk chunk = a.cut.of_block(blockIdx.x);
-  put_place(a.q, chunk, shared.place);
+  put_place(a.q, a.cut, blockIdx.x, shared.place);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = Read::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
-  for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
-    const auto [first, count, begins, head] = tile_of<T>(shared.place, done, chunk.tokens);
+  for (int done = 0; done < shared.place->tokens; done += kTokens<T>) {
+    const auto [first, count, begins, head] = tile_of<T>(shared.place, done);
     __syncthreads();
     const auto load_round = [&](int round) {
       load_pooled<T, DK, S>(a, head, {round * per_round, per_round, m}, channels, shared);
@@ -417,7 +411,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
     for (int offset = kOwn<T>; offset < kWarp; offset *= 2)
       row_mass += __shfl_xor_sync(0xffffffffu, row_mass, offset);
     const T own_reciprocal = reciprocal_mass(row_mass, a.tau);
-    const Four<T> mean = read_quad<T>(a.mean_value + head.start(channels), own_quad<DK>(), channels);
+    const Four<T> mean = read_quad<Read>(a.mean_value + head.start(channels), own_quad<DK>(), channels);
 #pragma unroll
     for (int i = 0; i < kOwnOfShare<T, DK>; ++i) {
       const T reciprocal = __shfl_sync(0xffffffffu, own_reciprocal, own_share<DK>() * kOwnOfShare<T, DK> + i);
@@ -429,7 +423,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>)
 }
 
 // Backward, queries. A chunk's partial sums: gradients of U and, through the kernel, of the landmarks, both
-// (m, channels), of t (m), and the sum of the upstream gradient (channels).
+// (m, channels), the sum of the upstream gradient (channels), and the gradient of t (m).
 template <typename T>
 struct QueryGradientArguments {
   View grad, q, landmarks, dq;
@@ -474,8 +468,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
   LF_SHARED_MEMORY(memory);
   const QueryGradientMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Chunk chunk = a.cut.of_block(blockIdx.x);
-  put_place(a.q, chunk, shared.place);
+  put_place(a.q, a.cut, blockIdx.x, shared.place);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = Read::channels_of(a.q),
             per_round = a.groups_per_round * kGroup;
   Vector<T, DK> value_sum[kGroup] = {};
@@ -487,12 +480,12 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     T* dlandmarks = dvalues + static_cast<int64_t>(m) * channels;
     Vector<T, DK> sums[kGroup];
     gradients.finish(sums);
-    add_rows<T, DK>(value_sum, group, channels, channels, set, dvalues);
-    add_rows<T, DK>(sums, group, channels, channels, set, dlandmarks);
-    add_numbers<T>(mass_sum, group, set, dlandmarks + static_cast<int64_t>(m) * channels);
+    add_rows<T, DK, Read>(value_sum, group, channels, channels, set, dvalues);
+    add_rows<T, DK, Read>(sums, group, channels, channels, set, dlandmarks);
+    add_numbers<T>(mass_sum, group, set, dlandmarks + static_cast<int64_t>(m + 1) * channels);
   };
-  for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
-    const auto [first, count, begins, head] = tile_of<T>(shared.place, done, chunk.tokens);
+  for (int done = 0; done < shared.place->tokens; done += kTokens<T>) {
+    const auto [first, count, begins, head] = tile_of<T>(shared.place, done);
     __syncthreads();
     load_tokens<T, DK>(Read::of(a.q, head).from(first), count, -kFar<T>, shared.queries);
     load_tokens<T, DK>(Read::of(a.grad, head).from(first), count, T{0}, shared.grads);
@@ -597,9 +590,9 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     store_tokens<T, DK>(same.dqueries, Read::of(a.dq, head).from(first), count);
   }
   if (a.rounds == 1) write(Group(0, a.groups_per_round, m), true);
-  put_sum<T, DK>(
+  put_sum<T, DK, Read>(
       shared.grad_sum, channels,
-      a.partials + shared.place->chunk * a.partial_size + 2 * static_cast<int64_t>(m) * channels + m);
+      a.partials + shared.place->chunk * a.partial_size + 2 * static_cast<int64_t>(m) * channels);
 }
 
 // Backward, keys and values. A chunk's partial sums: the landmarks' gradient (m, channels).
@@ -611,8 +604,8 @@ struct KeyGradientArguments {
   Cut cut;
   const T *dsums, *dmass;      // dP (heads, m, channels) and dp (heads, m)
   const T *mass, *mean_value;  // p and the mean of V
-  const T* totals;             // the query pass's sums, the upstream gradient's from `grad_sum_at`
-  int64_t total_size, grad_sum_at;
+  const T* grad_sum;           // the sum of the upstream gradient, heads `total_size` apart
+  int64_t total_size;
   T* partials;
   LandmarkGradient<T> through_inverse;  // in the blocks behind the stream's
   unsigned stream_blocks;
@@ -652,8 +645,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
     return;
   }
   const KeyGradientMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
-  const Chunk chunk = a.cut.of_block(blockIdx.x);
-  put_place(a.k, chunk, shared.place);
+  put_place(a.k, a.cut, blockIdx.x, shared.place);
   const int m = static_cast<int>(a.landmarks.size[2]), channels = Read::channels_of(a.k),
             per_round = a.groups_per_round * kGroup;
   LandmarkGradients<T, DK> gradients;
@@ -661,16 +653,17 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
   const auto write = [&](const Group& group, bool set) {
     Vector<T, DK> sums[kGroup];
     gradients.finish(sums);
-    add_rows<T, DK>(sums, group, channels, channels, set, a.partials + shared.place->chunk * m * channels);
+    add_rows<T, DK, Read>(sums, group, channels, channels, set,
+                          a.partials + shared.place->chunk * m * channels);
   };
-  for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
-    const auto [first, count, begins, head] = tile_of<T>(shared.place, done, chunk.tokens);
+  for (int done = 0; done < shared.place->tokens; done += kTokens<T>) {
+    const auto [first, count, begins, head] = tile_of<T>(shared.place, done);
     __syncthreads();
     load_tokens<T, DK>(Read::of(a.k, head).from(first), count, -kFar<T>, shared.keys);
     {
       OwnQuads<T, DK> values;
       read_tokens<T, DK>(Read::of(a.v, head).from(first), count, T{0}, shared.values, values);
-      subtract<T, DK>(read_quad<T>(a.mean_value + head.start(channels), own_quad<DK>(), channels), count,
+      subtract<T, DK>(read_quad<Read>(a.mean_value + head.start(channels), own_quad<DK>(), channels), count,
                       values);
       put_tokens<T, DK>(values, shared.values);
     }
@@ -725,7 +718,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksTogether<T, DK, S>)
         } else {
           // The mean of dV is the same for all tokens.
           const Four<T> grad_sum =
-              read_quad<T>(a.totals + head.start(a.total_size) + a.grad_sum_at, own_quad<DK>(), channels);
+              read_quad<Read>(a.grad_sum + head.start(a.total_size), own_quad<DK>(), channels);
 #pragma unroll
           for (int i = 0; i < kOwnOfShare<T, DK>; ++i) {
 #pragma unroll
@@ -761,8 +754,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& la
   const Cut cut = cut_of<T>(q);
 
   KeyArguments<T> keys{view(k), view(v), view(landmarks), static_cast<T>(scale), 0, 0, cut};
-  // A multiple of four, for accesses of four.
-  keys.partial_size = ((m + 2) * channels + m + 3) / 4 * 4;
+  keys.partial_size = padded_to_four((m + 2) * channels + m);
   Layout layout;
   const auto partials_at = layout.add<T>(heads * cut.chunks * keys.partial_size),
              pooled_values_at = layout.add<T>(heads * m * channels),
@@ -820,7 +812,7 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
               double scale, double tau, const Tensor& dq, const Tensor& dk, const Tensor& dv,
               const Tensor& dlandmarks) {
   const int64_t heads = q.size(0) * q.size(1), channels = q.size(3), m = landmarks.size(2),
-                size = m * channels, total_size = 2 * size + m + channels;
+                size = m * channels, used = 2 * size + channels + m, total_size = padded_to_four(used);
   const Cut cut = cut_of<T>(q);
   Layout layout;
   // The key pass writes its partial sums where the query pass's were.
@@ -860,10 +852,11 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
              .heads = heads,
              .chunks = cut.chunks,
              .stride = total_size,
-             .size = total_size,
+             .size = used,
              .sums = totals},
             q);
-  const T *dvalues = totals, *query_dlandmarks = dvalues + size, *dpooled_mass = query_dlandmarks + size;
+  const T *dvalues = totals, *query_dlandmarks = dvalues + size, *grad_sum = query_dlandmarks + size,
+          *dpooled_mass = grad_sum + channels;
   product.transposed = true;
   product.matrix = dvalues, product.column = dpooled_mass;
   product.matrix_stride = product.column_stride = total_size;
@@ -875,7 +868,7 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
     const int64_t stream_bytes = plan_rounds<KeyGradientMemory<T, DK>>(m, keys);
     keys.cut = cut, keys.dsums = dsums, keys.dmass = dmass, keys.mass = data<T>(mass),
     keys.mean_value = data<T>(mean_value);
-    keys.totals = totals, keys.total_size = total_size, keys.grad_sum_at = 2 * size + m;
+    keys.grad_sum = grad_sum, keys.total_size = total_size;
     keys.partials = partials;
     keys.share = static_cast<T>(1.0 / cut.tokens),
     keys.weight_share = static_cast<T>(2 / (cut.tokens * scale));

@@ -121,12 +121,11 @@ template <typename T, int DK>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) signs(const SignArguments<T> a) {
   LF_SHARED_MEMORY(memory);
   const SignMemory<T, DK> shared(SharedMemory{memory}, a.groups_per_round, a.rounds > 1);
-  const Chunk chunk = a.cut.of_block(blockIdx.x / a.slabs);
-  put_place(a.x, chunk, shared.place);
+  put_place(a.x, a.cut, blockIdx.x / a.slabs, shared.place);
   const int m = static_cast<int>(a.y.size[2]), channels = Rows::channels_of(a.x),
             per_round = a.groups_per_round * kGroup, channel = blockIdx.x % a.slabs * kSlab<DK>;
-  for (int done = 0; done < chunk.tokens; done += kTokens<T>) {
-    const auto [first, count, begins, head] = tile_of<T>(shared.place, done, chunk.tokens);
+  for (int done = 0; done < shared.place->tokens; done += kTokens<T>) {
+    const auto [first, count, begins, head] = tile_of<T>(shared.place, done);
     const Rows tokens = Rows::of(a.x, head).slab(channel, kSlab<DK>);
     __syncthreads();
     load_tokens<T, DK>(tokens.from(first), count, -kFar<T>, shared.tokens);
@@ -161,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) signs(const 
       if (group.count > 0) {
         Vector<T, DK> sums[kGroup];
         gradients.finish(sums);
-        add_rows<T, DK>(sums, group, tokens.channels, channels, begins,
-                        a.partials + shared.place->chunk * m * channels + channel);
+        add_rows<T, DK, Rows>(sums, group, tokens.channels, channels, begins,
+                              a.partials + shared.place->chunk * m * channels + channel);
       }
     }
     store_tokens<T, DK>(shared.dtokens, Rows::of(a.dx, head).slab(channel, kSlab<DK>).from(first), count);
@@ -190,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) reduce_partials(const Reduction<T> a
   if (a.more) sum += a.more[head * a.more_stride + index];
   if (a.and_more) sum += a.and_more[head * a.and_more_stride + index];
   if (a.sums) {
-    a.sums[head * a.size + index] = sum;
+    a.sums[head * a.stride + index] = sum;
   } else {
     const Rows out = Rows::of(a.out, head);
     store<T>(out.at(index / out.channels, static_cast<int>(index % out.channels)), out.dtype, sum);

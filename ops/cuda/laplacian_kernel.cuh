@@ -20,7 +20,7 @@ struct Reduction {
   int64_t heads, chunks, stride, size;
   const T *more = nullptr, *and_more = nullptr;  // (heads, size), heads this far apart
   int64_t more_stride = 0, and_more_stride = 0;
-  T* sums = nullptr;  // (heads, size), or null for `out`
+  T* sums = nullptr;  // (heads, size), heads `stride` apart, or null for `out`
   View out = {};      // whose rows x channels are `size`
 };
 

@@ -8,7 +8,10 @@
 
 namespace lf {
 
-__host__ __device__ constexpr int padded_to_four(int m) { return (m + 3) / 4 * 4; }
+template <typename N>
+__host__ __device__ constexpr N padded_to_four(N number) {
+  return (number + 3) / 4 * 4;
+}
 
 // The solver's shared memory: the matrix, three buffers of its size (before the iteration they hold the
 // landmarks), the rows' sums and the steps' factors. Rows and columns are padded to fours.

@@ -48,15 +48,15 @@ constexpr int kShares = V / DK;
 
 template <int DK, int V = 4>
 __device__ inline int own_channel() {
-  return V * (static_cast<int>(threadIdx.x) % (kWarp * DK / V));
+  return V * (static_cast<int>(threadIdx.x % (kWarp * DK / V)));
 }
 template <int DK>
 __device__ inline int own_quad() {
-  return static_cast<int>(threadIdx.x) % kQuads<DK>;
+  return static_cast<int>(threadIdx.x % kQuads<DK>);
 }
 template <int DK, int V = 4>
 __device__ inline int own_share() {
-  return static_cast<int>(threadIdx.x) % kWarp / (kWarp * DK / V);
+  return static_cast<int>(threadIdx.x % kWarp / (kWarp * DK / V));
 }
 
 // The shares' sums added up, in every lane.
@@ -154,17 +154,19 @@ template <typename T, int DK>
 __device__ inline void subtract(const Four<T>& shift, int count, OwnQuads<T, DK>& own) {
 #pragma unroll
   for (int i = 0; i < kTokens<T> / kApart<DK>; ++i) {
-    const bool real =
-        count == kTokens<T> || static_cast<int>(threadIdx.x) / kQuads<DK> + i * kApart<DK> < count;
 #pragma unroll
-    for (int u = 0; u < 4; ++u) own[i].at[u] -= real ? shift.at[u] : T{0};
+    for (int u = 0; u < 4; ++u) own[i].at[u] -= shift.at[u];
+  }
+  if (count == kTokens<T>) return;
+#pragma unroll
+  for (int i = 0; i < kTokens<T> / kApart<DK>; ++i) {
+    if (static_cast<int>(threadIdx.x / kQuads<DK>) + i * kApart<DK> >= count) own[i] = {};
   }
 }
 
-// The mean over a tile's tokens of the thread's quad; `parts` holds a quad row a warp. One barrier inside.
+// The mean over a tile's tokens, quad by quad; `parts` holds a row of quads a warp. Two barriers inside.
 template <typename T, int DK>
-__device__ inline Four<T> mean_of_tokens(const OwnQuads<T, DK>& own, int count, Four<T>* parts) {
-  const int quad = own_quad<DK>();
+__device__ inline void mean_of_tokens(const OwnQuads<T, DK>& own, int count, Four<T>* parts, Four<T>* mean) {
   Four<T> sum = {};
 #pragma unroll
   for (int u = 0; u < 4; ++u) {
@@ -172,18 +174,17 @@ __device__ inline Four<T> mean_of_tokens(const OwnQuads<T, DK>& own, int count, 
     for (int i = 0; i < kTokens<T> / kApart<DK>; ++i) sum.at[u] += own[i].at[u];
     sum.at[u] = sum_of_shares<T, DK>(sum.at[u]);
   }
-  if (threadIdx.x % kWarp < kQuads<DK>) parts[threadIdx.x / kWarp * kQuads<DK> + quad] = sum;
+  if (threadIdx.x % kWarp < kQuads<DK>) parts[threadIdx.x / kWarp * kQuads<DK> + own_quad<DK>()] = sum;
   __syncthreads();
-  const T share = 1 / static_cast<T>(count);
-  Four<T> mean = {};
+  constexpr int channels = 4 * kQuads<DK>;
+  if (static_cast<int>(threadIdx.x) < channels) {
+    const T* part = reinterpret_cast<const T*>(parts) + threadIdx.x;
+    T all = 0;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-#pragma unroll
-    for (int u = 0; u < 4; ++u) mean.at[u] += parts[w * kQuads<DK> + quad].at[u];
+    for (int w = 0; w < kWarps; ++w) all += part[w * channels];
+    reinterpret_cast<T*>(mean)[threadIdx.x] = all / static_cast<T>(count);
   }
-#pragma unroll
-  for (int u = 0; u < 4; ++u) mean.at[u] *= share;
-  return mean;
+  __syncthreads();
 }
 
 // Some of the landmarks: rows `first` and on of which those from `end` on do not exist.
@@ -357,6 +358,12 @@ __device__ inline void drop_coinciding(unsigned pairs, Columns<T>& weights) {
   }
 }
 
+template <typename T, int DK>
+__device__ inline void add_absolute(const Four<T>* tokens, const Four<T>* landmarks, int quads,
+                                    Columns<T>& sum) {
+  add_channels<T, DK, 2>(tokens, landmarks, quads, [](T x, T y) { return absolute(x - y); }, sum);
+}
+
 // out[j][i] += the L1 distance between the lanes' tokens and the warp's landmarks in these channels.
 template <typename T, int DK>
 __device__ inline void add_distances(const Four<T>* tokens, const Four<T>* landmarks, int channels,
@@ -364,9 +371,8 @@ __device__ inline void add_distances(const Four<T>* tokens, const Four<T>* landm
   const int quads = even_quads(channels);
   for (int first = 0; first < quads; first += kSummedQuads) {
     Columns<T> sum = {};
-    add_channels<T, DK, 2>(
-        tokens + first * kTokenStride<T>, landmarks + first, min(quads - first, kSummedQuads),
-        [](T x, T y) { return absolute(x - y); }, sum);
+    add_absolute<T, DK>(tokens + first * kTokenStride<T>, landmarks + first, min(quads - first, kSummedQuads),
+                        sum);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
@@ -393,7 +399,10 @@ __device__ inline unsigned kernel_columns(const Four<T>* tokens, const Four<T>* 
                                           T exponent, Columns<T>& out) {
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) clear(out[j]);
-  add_distances<T, DK>(tokens, landmarks, channels, out);
+  constexpr int first = kSummedQuads;
+  add_absolute<T, DK>(tokens, landmarks, min(even_quads(channels), first), out);
+  if constexpr (kQuads<DK> > first)
+    add_distances<T, DK>(tokens + first * kTokenStride<T>, landmarks + first, channels - 4 * first, out);
   return kernel_of_distances<T>(exponent, out);
 }
 
@@ -422,14 +431,15 @@ template <typename T, int DK, int V>
 __device__ inline void sum_over_tokens(const T* columns, Four<T>* tokens, Vector<T, V> (&sum)[kGroup]) {
   columns += 4 * own_share<DK, V>();
   const T* own = lane_channels<T, DK, V>(tokens) + 16 * own_share<DK, V>();
+  const T* end = columns + kTokens<T>;
 #pragma unroll 1
-  for (int token = 0; token < kTokens<T>; token += 4 * kShares<DK, V>) {
+  for (; columns < end; columns += 4 * kShares<DK, V>, own += 16 * kShares<DK, V>) {
     Four<T> weights[kGroup];
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) weights[j] = vector_at<4>(columns + j * kColumnStride<T> + token);
+    for (int j = 0; j < kGroup; ++j) weights[j] = vector_at<4>(columns + j * kColumnStride<T>);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const Vector<T, V> value = vector_at<V>(own + 4 * (token + i));
+      const Vector<T, V> value = vector_at<V>(own + 4 * i);
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
@@ -447,7 +457,7 @@ constexpr int kOwnOfShare = kOwn<T> / kShares<DK>;
 
 template <typename T, int DK>
 __device__ inline int first_own_token() {
-  return static_cast<int>(threadIdx.x) / kWarp * kOwn<T> + own_share<DK>() * kOwnOfShare<T, DK>;
+  return static_cast<int>(threadIdx.x / kWarp) * kOwn<T> + own_share<DK>() * kOwnOfShare<T, DK>;
 }
 
 // Sums over tokens of the lanes' quads, for the last warp: the default grid leaves it without landmarks. They
@@ -467,31 +477,36 @@ __device__ inline void add_tokens(const Four<T>* tokens, bool set, Four<T>* sums
   for (int u = 0; u < 4; ++u) sum.at[u] = set ? part.at[u] : sum.at[u] + part.at[u];
 }
 
-// A thread's quad of channels of a row, 0 beyond the last.
-template <typename T>
+// A quad of channels of a row, 0 beyond the last. Beside rows R in quads a row has all of them.
+template <typename R, typename T>
 __device__ inline Four<T> read_quad(const T* row, int quad, int channels) {
+  if constexpr (!kOneByOne<R>) return vector_at<4>(row + 4 * quad);
   Four<T> values;
 #pragma unroll
   for (int u = 0; u < 4; ++u) values.at[u] = 4 * quad + u < channels ? row[4 * quad + u] : T{0};
   return values;
 }
-template <typename T>
+template <typename R, typename T>
 __device__ inline void put_quad(const Four<T>& values, int quad, int channels, T* row) {
+  if constexpr (kOneByOne<R>) {
 #pragma unroll
-  for (int u = 0; u < 4; ++u) {
-    if (4 * quad + u < channels) row[4 * quad + u] = values.at[u];
+    for (int u = 0; u < 4; ++u) {
+      if (4 * quad + u < channels) row[4 * quad + u] = values.at[u];
+    }
+  } else {
+    vector_at<4>(row + 4 * quad) = values;
   }
 }
 
 // What add_tokens gathered.
-template <typename T, int DK>
+template <typename T, int DK, typename R>
 __device__ inline void put_sum(const Four<T>* sums, int channels, T* row) {
   if (threadIdx.x < kThreads - kWarp) return;
   const Four<T> sum = sums[threadIdx.x % kWarp];
   Four<T> all;
 #pragma unroll
   for (int u = 0; u < 4; ++u) all.at[u] = sum_of_shares<T, DK>(sum.at[u]);
-  if (own_share<DK>() == 0) put_quad<T>(all, own_quad<DK>(), channels, row);
+  if (own_share<DK>() == 0) put_quad<R>(all, own_quad<DK>(), channels, row);
 }
 
 // out[i] += sum over some groups of landmarks of column times the landmark's values at the lane's quad of
@@ -647,7 +662,7 @@ __device__ inline void store_tokens(const Four<T>* tokens, const R& rows, int co
   tokens += quad * kTokenStride<T>;
 #pragma unroll(kOneByOne<R> ? 1 : kTokens<T> / kApart<DK>)
   for (int i = 0; i < kTokens<T> / kApart<DK>; ++i) {
-    const int token = static_cast<int>(threadIdx.x) / kQuads<DK> + i * kApart<DK>;
+    const int token = static_cast<int>(threadIdx.x / kQuads<DK>) + i * kApart<DK>;
     if (token < count) rows.put(token, 4 * quad, tokens[token]);
   }
 }
@@ -657,18 +672,37 @@ __device__ inline void add_to(T* to, bool set, T sum) {
   *to = set ? sum : *to + sum;
 }
 
-// The warp's per-landmark sums into the chunk's partial sums, rows of `stride`, or added to them.
-template <typename T, int DK, int V>
+// The warp's per-landmark sums into the chunk's partial sums, rows of `stride`, or added to them. Rows of R
+// in quads have all their channels, and so have these.
+template <typename T, int DK, typename R, int V>
 __device__ inline void add_rows(const Vector<T, V> (&sum)[kGroup], const Group& group, int channels,
                                 int stride, bool set, T* partial) {
+  Vector<T, V> all[kGroup];
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
-    for (int u = 0; u < V; ++u) {
-      const T all = sum_of_shares<T, DK, V>(sum[j].at[u]);
-      const int channel = own_channel<DK, V>() + u;
-      if (own_share<DK, V>() == 0 && j < group.count && channel < channels)
-        add_to(partial + static_cast<int64_t>(group.first + j) * stride + channel, set, all);
+    for (int u = 0; u < V; ++u) all[j].at[u] = sum_of_shares<T, DK, V>(sum[j].at[u]);
+  }
+  if (own_share<DK, V>() != 0) return;
+  const int channel = own_channel<DK, V>();
+  partial += static_cast<int64_t>(group.first) * stride + channel;
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+    T* row = partial + j * stride;
+    if (j >= group.count) break;
+    if constexpr (kOneByOne<R>) {
+#pragma unroll
+      for (int u = 0; u < V; ++u) {
+        if (channel + u < channels) add_to(row + u, set, all[j].at[u]);
+      }
+    } else {
+      Vector<T, V>& to = vector_at<V>(row);
+      if (!set) {
+        const Vector<T, V> before = to;
+#pragma unroll
+        for (int u = 0; u < V; ++u) all[j].at[u] += before.at[u];
+      }
+      to = all[j];
     }
   }
 }
@@ -687,8 +721,12 @@ struct Place {
   int tokens;
 };
 
-__device__ inline void put_place(const View& view, const Chunk& chunk, Place* place) {
-  if (threadIdx.x == 0) *place = {Head(view, chunk.head), chunk.index, chunk.first, chunk.tokens};
+// One thread divides for all.
+__device__ inline void put_place(const View& view, const Cut& cut, int block, Place* place) {
+  if (threadIdx.x == 0) {
+    const Chunk chunk = cut.of_block(block);
+    *place = {Head(view, chunk.head), chunk.index, chunk.first, chunk.tokens};
+  }
   __syncthreads();
 }
 
@@ -701,8 +739,8 @@ struct Tile {
 };
 
 template <typename T>
-__device__ inline Tile tile_of(const Place* place, int done, int tokens) {
-  return {place->first + done, min(tokens - done, kTokens<T>), done == 0, place->head};
+__device__ inline Tile tile_of(const Place* place, int done) {
+  return {place->first + done, min(place->tokens - done, kTokens<T>), done == 0, place->head};
 }
 
 // The chunks of (batch, heads, tokens, channels).
