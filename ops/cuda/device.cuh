@@ -26,6 +26,8 @@ namespace lf {
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarp * kWarps;
+// The default grid has code of its own, with loops and addresses known to the compiler.
+constexpr int kUsualLandmarks = 7 * 7;
 
 inline void check(cudaError_t status) {
   STD_TORCH_CHECK(status == cudaSuccess, "lf_dense: a CUDA operator failed: ", cudaGetErrorString(status));

@@ -9,14 +9,35 @@ namespace lf {
 // Numbers of an inverse that a block keeps in shared memory: all of them, or none where they are many.
 LF_HOST_DEVICE constexpr int kept_inverse(int m) { return m <= 64 ? m * m : 0; }
 
-// A barrier has to follow.
+// The inverse on its way into shared memory: that of the usual landmarks waits in registers, and what else
+// the block has to read comes meanwhile.
 template <int threads, typename T>
-__device__ inline void keep_inverse(const T* inverse, int m, T* kept) {
-  constexpr int kAtOnce = (49 * 49 + threads - 1) / threads;  // all of the usual landmarks'
-  read_and_put<threads, kAtOnce>(
-      kept_inverse(m), [&](int index) { return inverse[index]; },
-      [&](int index, T value) { kept[index] = value; });
-}
+class KeptInverse {
+ public:
+  __device__ KeptInverse(const T* inverse, int m) : inverse_(inverse), size_(kept_inverse(m)) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (index(i) < size_) own_[i] = inverse_[index(i)];
+    }
+  }
+
+  // A barrier has to follow.
+  __device__ void put(T* kept) const {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (index(i) < size_) kept[index(i)] = own_[i];
+    }
+    for (int i = kOwn; index(i) < size_; ++i) kept[index(i)] = inverse_[index(i)];
+  }
+
+ private:
+  static constexpr int kOwn = (kUsualLandmarks * kUsualLandmarks + threads - 1) / threads;
+  __device__ static int index(int i) { return static_cast<int>(threadIdx.x) + i * threads; }
+
+  const T* inverse_;
+  int size_;
+  T own_[kOwn];
+};
 
 // out = A x or A^T x, for `width` columns x in shared memory, four apart; the whole block.
 template <typename T>
@@ -67,9 +88,10 @@ __global__ void __launch_bounds__(kThreads) multiply_by_inverse(const InversePro
   const T* from =
       for_column ? a.column + head * a.column_stride : a.matrix + head * a.matrix_stride + channel;
   const T* inverse = a.inverse + head * a.m * a.m;
-  keep_inverse<kThreads>(inverse, a.m, kept);
+  const KeptInverse<kThreads, T> all(inverse, a.m);
   for (int index = threadIdx.x; index < a.m * width; index += kThreads)
     x[index / width * 4 + index % width] = from[index / width * stride + index % width];
+  all.put(kept);
   __syncthreads();
   T* out = for_column ? a.column_out + head * a.m : a.matrix_out + head * a.m * a.channels + channel;
   if (kept_inverse(a.m)) {

@@ -229,6 +229,7 @@ __global__ void __launch_bounds__(64 * kSlices) finish_keys(const FinishArgument
   const auto read = [&](const T* four) {
     return a.channels % 4 == 0 ? vector_at<4>(four) : read_quad<Rows>(four, 0, width);
   };
+  const KeptInverse<threads, T> all(inverse, a.m);
   if (!for_mass) {
     double own[4] = {};
     for (int chunk = threadIdx.x; chunk < chunks; chunk += threads) {
@@ -245,14 +246,14 @@ __global__ void __launch_bounds__(64 * kSlices) finish_keys(const FinishArgument
     }
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < 4) {
-      double all = 0;
-      for (int w = 0; w < threads / kWarp; ++w) all += wide[4 * w + threadIdx.x];
-      mean.at[threadIdx.x] = static_cast<T>(all / n);
+      double total = 0;
+      for (int w = 0; w < threads / kWarp; ++w) total += wide[4 * w + threadIdx.x];
+      mean.at[threadIdx.x] = static_cast<T>(total / n);
       if (static_cast<int>(threadIdx.x) < width)
         a.mean_value[head * a.channels + channel + threadIdx.x] = mean.at[threadIdx.x];
     }
   }
-  keep_inverse<threads>(inverse, a.m, at.inverse.in(memory));
+  all.put(at.inverse.in(memory));
   __syncthreads();
   const int slice = threadIdx.x / 64;
   for (int first = 0; first < a.m; first += 64) {
@@ -287,10 +288,10 @@ __global__ void __launch_bounds__(64 * kSlices) finish_keys(const FinishArgument
     if (threadIdx.x < 4 * 64) {
       const int row = threadIdx.x / 4, c = threadIdx.x % 4, landmark = first + row;
       if (landmark < a.m && c < width) {
-        T all = 0;
+        T total = 0;
 #pragma unroll
-        for (int s = 0; s < kSlices; ++s) all += slices[64 * s + row].at[c];
-        const T value = all / static_cast<T>(n);
+        for (int s = 0; s < kSlices; ++s) total += slices[64 * s + row].at[c];
+        const T value = total / static_cast<T>(n);
         result[4 * landmark + c] = value;
         T* saved = for_mass ? a.mass + head * a.m + landmark
                             : a.sums + (head * a.m + landmark) * a.channels + channel + c;

@@ -42,9 +42,8 @@ __device__ inline T step_factor(T bound, double eps, int step) {
   return static_cast<T>(0 <= eps && eps <= largest ? 1 + 1 / (1 + excess) : NAN);
 }
 
-// The default grid of 7 x 7 landmarks has code of its own, with loops and addresses known to the compiler.
-constexpr int kUsualLandmarks = 49;
-// Of its products a thread takes more rows, so that shared memory keeps up with the arithmetic.
+// Of the default grid's products a thread takes more rows, so that shared memory keeps up with the
+// arithmetic.
 template <int Fixed>
 constexpr int kTileRows = Fixed == kUsualLandmarks ? 7 : 4;
 
