@@ -26,9 +26,10 @@ setup:
 demo: setup
 	@$(RUN) tools/demo.py
 
-# Two files at a time, each on one thread: most of the time is processes that start.
+# Two files at a time, each on one thread: most of the time is processes that start. They come in the order of
+# tests/support/order.py.
 test: setup
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 setup-upstream:
 	@$(PYTHON) tools/setup_env.py --venv $(UPSTREAM) --stack upstream

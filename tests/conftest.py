@@ -9,8 +9,12 @@ import torch
 
 from lf_dense import use_backend
 from lf_dense.backends import native
-from support import emulated
+from support import emulated, order
 from support.driving import call
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: order.rank("/".join(item.path.parts[-2:])))
 
 
 @pytest.fixture(autouse=True)

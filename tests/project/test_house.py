@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support import ROOT
+from support import ROOT, order
 
 PACKAGE = ROOT / "lf_dense"
 WIDTH = 110
@@ -169,6 +169,10 @@ def test_relative_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
             if "://" not in target and not target.startswith("mailto:"):
                 assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links {target}"
+
+
+def test_the_long_test_files_are_there():
+    assert [name for name in order.LONG if not (ROOT / "tests" / name).is_file()] == []
 
 
 def test_tests_mirror_the_rooms():
