@@ -175,7 +175,9 @@ class Run:
 def summary(samples: Sequence[Sample], first: First, params: int, batch: int) -> Record:
     """A row's figures: medians, with the quartiles of the seconds."""
     seconds = sorted(sample.seconds for sample in samples)
-    low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    # Inclusive: the quartiles of two samples lie between them.
+    enough = seconds if len(seconds) > 1 else seconds * 2
+    low, median, high = statistics.quantiles(enough, n=4, method="inclusive")
     return {
         "outcome": "ok",
         "seconds": median,

@@ -141,6 +141,16 @@ def row(candidate="lf-tiny", size="512x512", seconds=1.0, **others):
     }
 
 
+@pytest.mark.parametrize(
+    ("seconds", "quartiles"), [([2.0], [2.0, 2.0]), ([3.0, 1.0], [1.5, 2.5]), ([1.0, 2.0, 9.0], [1.5, 5.5])]
+)
+def test_quartiles_lie_between_the_samples(seconds, quartiles):
+    row = rounds.summary([Sample(each, 0.0, 0.0) for each in seconds], First(0, None), 1, 4)
+    assert row["seconds"] == 2.0
+    assert row["seconds_quartiles"] == quartiles
+    assert row["images_per_second"] == 2.0
+
+
 def test_exponents_are_the_slopes_of_the_large_sizes():
     sizes = ["224x224", "512x512", "1024x512", "1024x1024"]
     seconds = [9.0, 1.0, 2**1.5, 4**1.5]
