@@ -195,8 +195,9 @@ struct Head {
       : index(static_cast<unsigned>(head)),
         image(index / static_cast<unsigned>(view.size[1])),
         number(index % static_cast<unsigned>(view.size[1])) {}
-  __device__ char* of(const View& view) const {
-    return view.data + (image * view.stride[0] + number * view.stride[1]) * item_size(view.dtype);
+  // Where its rows begin, in elements.
+  __device__ int64_t offset(const View& view) const {
+    return image * view.stride[0] + number * view.stride[1];
   }
   // Where the head's part of a contiguous array begins.
   __device__ int64_t start(int64_t size) const { return index * size; }
@@ -230,7 +231,8 @@ struct Rows {
   __device__ static int channels_of(const View& view) { return static_cast<int>(view.size[3]); }
   __device__ static Rows of(const View& view, int64_t head) { return of(view, Head(view, head)); }
   __device__ static Rows of(const View& view, const Head& head) {
-    return {head.of(view), view.stride[2], view.stride[3], static_cast<int>(view.size[3]), view.dtype};
+    return {view.data + head.offset(view) * item_size(view.dtype), view.stride[2], view.stride[3],
+            static_cast<int>(view.size[3]), view.dtype};
   }
   template <typename T>
   __device__ static Rows of(const T* matrix, int channels) {
@@ -292,8 +294,7 @@ struct Quads {
   int row_stride;
 
   __device__ static Quads of(const View& view, const Head& head) {
-    S* first = reinterpret_cast<S*>(view.data) + (head.image * view.stride[0] + head.number * view.stride[1]);
-    return {first, static_cast<int>(view.stride[2])};
+    return {reinterpret_cast<S*>(view.data) + head.offset(view), static_cast<int>(view.stride[2])};
   }
   __device__ static Quads of(const S* matrix, int) { return {const_cast<S*>(matrix), channels}; }
   // The compiler is not told where they come from: it would add up 64 bits for each row.
@@ -361,17 +362,17 @@ void with_elements(std::initializer_list<View> views, const Run& run) {
 
 // put(i, read(i)) for each i below `size`, by the whole block. Several are read before any is put, since each
 // comes from far away.
-template <int threads, int kAtOnce, typename Read, typename Put>
+template <int kAtOnce, typename Read, typename Put>
 __device__ inline void read_and_put(int size, const Read& read, const Put& put) {
-  for (int first = threadIdx.x; first < size; first += kAtOnce * threads) {
+  for (int first = threadIdx.x; first < size; first += kAtOnce * kThreads) {
     decltype(read(0)) values[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (first + u * threads < size) values[u] = read(first + u * threads);
+      if (first + u * kThreads < size) values[u] = read(first + u * kThreads);
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (first + u * threads < size) put(first + u * threads, values[u]);
+      if (first + u * kThreads < size) put(first + u * kThreads, values[u]);
     }
   }
 }

@@ -43,7 +43,7 @@ __device__ inline void solve_head(const KeyArguments<T>& a, int64_t head, unsign
   const Points points(m, channels);
   const SolverLayout<T> layout(m, a.iters, 4 * points.count);
   Four<T>* from = reinterpret_cast<Four<T>*>(layout.buffers.in(memory));
-  read_and_put<kThreads, kOneByOne<R> ? 1 : 4>(
+  read_and_put<kOneByOne<R> ? 1 : 4>(
       side * quads,
       [&](int index) {
         return index < m * quads ? landmarks.template four<T>(index / quads, 4 * (index % quads)) : Four<T>{};

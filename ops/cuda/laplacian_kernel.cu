@@ -71,12 +71,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) matrix(const
       T* own = shared.columns + group.row * kColumnStride<T>;
       const unsigned pairs = kernel_of_distances<T>(a.scale.exponent, values);
       if constexpr (kWeights) {
+        Columns<T> upstream;
+        get_columns<T>(own, upstream);
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
-          for (int i = 0; i < kPerLane<T>; ++i)
-            values[j][i] *=
-                own[j * kColumnStride<T> + threadIdx.x % kWarp + i * kWarp] * a.scale.twice_inverse;
+          for (int i = 0; i < kPerLane<T>; ++i) values[j][i] *= upstream[j][i] * a.scale.twice_inverse;
         }
         drop_coinciding<T>(pairs, values);
       }
@@ -145,12 +145,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<T, DK>) signs(const 
         *totals = shared.totals + group.row / kGroup * kColumnStride<T>;
       if (group.count > 0) {
         Columns<T> doubled;
-#pragma unroll
-        for (int j = 0; j < kGroup; ++j) {
-#pragma unroll
-          for (int i = 0; i < kPerLane<T>; ++i)
-            doubled[j][i] = own[j * kColumnStride<T> + threadIdx.x % kWarp + i * kWarp];
-        }
+        get_columns<T>(own, doubled);
         put_totals<T>(doubled, totals);
         __syncwarp();
       }

@@ -426,6 +426,16 @@ __device__ inline void put_columns(const Columns<T>& values, T* columns) {
   }
 }
 
+template <typename T>
+__device__ inline void get_columns(const T* columns, Columns<T>& values) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+    for (int i = 0; i < kPerLane<T>; ++i) values[j][i] = columns[j * kColumnStride<T> + lane + i * kWarp];
+  }
+}
+
 // sum[j] += sum over the share's tokens of column j times the lane's channels.
 template <typename T, int DK, int V>
 __device__ inline void sum_over_tokens(const T* columns, Four<T>* tokens, Vector<T, V> (&sum)[kGroup]) {

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -18,7 +14,7 @@ from lf_dense.attention import RotaryTable
 from lf_dense.backends import exporting, native
 from lf_dense.backends.reference import compute_dtype
 from lf_dense.blocks import Block, ConvFFN
-from support import ROOT
+from support import instruction_sets
 
 obstacle = native.library_obstacle("cpu")
 pytestmark = pytest.mark.skipif(obstacle is not None, reason=str(obstacle))
@@ -476,23 +472,5 @@ def test_exported_networks_add_up_groups_of_hidden_channels(ratio, groups, monke
 
 @pytest.mark.parametrize("name", ["avx512", "avx2", "plain"])
 def test_other_instruction_sets(name):
-    build = native.build_info()
-    if name not in build["instruction_sets_supported"]:
-        pytest.skip(f"this processor does not run {name}")
-    if name == build["instruction_set"]:
-        pytest.skip(f"every other test runs {name} here")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "literal or gelu",
-    ]
-    environment = {**os.environ, "LF_DENSE_INSTRUCTION_SET": name, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert " passed" in done.stdout
+    environment = instruction_sets.environment_of(name)
+    instruction_sets.assert_tests_pass(__file__, "literal or gelu", environment)

@@ -15,7 +15,7 @@ import torch
 import lf_dense
 from lf_dense import backends, info, laplacian_attention, laplacian_kernel, newton_schulz_inverse, use_backend
 from lf_dense.backends import native
-from support import ROOT
+from support import ROOT, instruction_sets
 from support.literal import gradients, gram, kappa, literal_attention, make_inputs, relative_error
 
 CPU = torch.device("cpu")
@@ -326,17 +326,8 @@ def test_many_landmarks_and_wide_heads(m, d, each_backend):
 @needs_native
 @pytest.mark.parametrize("name", ["avx2", "plain"])
 def test_other_instruction_sets_are_right_too(name):
-    build = lf_dense.build_info()
-    if name not in build["instruction_sets_supported"]:
-        pytest.skip(f"this processor or build has no {name}")
-    if name == build["instruction_set"]:
-        pytest.skip(f"every other test runs {name} here")
-    tests = ["tests/backends/test_mathematics.py", "-k", "native-cpu"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "LF_DENSE_INSTRUCTION_SET": name, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    environment = instruction_sets.environment_of(name)
+    instruction_sets.assert_tests_pass("tests/backends/test_mathematics.py", "native-cpu", environment)
     command = [sys.executable, "-c", "import lf_dense; print(lf_dense.build_info()['instruction_set'])"]
     said = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == name
