@@ -21,13 +21,14 @@ class KeptInverse {
     }
   }
 
-  // A barrier has to follow.
+  // Ends with a barrier, also for what else the block has put.
   __device__ void put(T* kept) const {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       if (index(i) < size_) kept[index(i)] = own_[i];
     }
     for (int i = kOwn; index(i) < size_; ++i) kept[index(i)] = inverse_[index(i)];
+    __syncthreads();
   }
 
  private:
@@ -92,7 +93,6 @@ __global__ void __launch_bounds__(kThreads) multiply_by_inverse(const InversePro
   for (int index = threadIdx.x; index < a.m * width; index += kThreads)
     x[index / width * 4 + index % width] = from[index / width * stride + index % width];
   all.put(kept);
-  __syncthreads();
   T* out = for_column ? a.column_out + head * a.m : a.matrix_out + head * a.m * a.channels + channel;
   if (kept_inverse(a.m)) {
     times_inverse<T>(kept, a.transposed, a.m, x, width, out, stride);

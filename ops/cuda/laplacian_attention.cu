@@ -254,7 +254,6 @@ __global__ void __launch_bounds__(64 * kSlices) finish_keys(const FinishArgument
     }
   }
   all.put(at.inverse.in(memory));
-  __syncthreads();
   const int slice = threadIdx.x / 64;
   for (int first = 0; first < a.m; first += 64) {
     // The last landmark again where there are no more.
