@@ -8,6 +8,7 @@ between them.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -33,6 +34,33 @@ def map_to_tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def rotary_axis(size: int, pairs: int, device: torch.device) -> Tensor:
+    """Cosines and sines of the pairs along an axis, ``(2, pairs, size)``."""
+    exponents = torch.arange(pairs, device=device, dtype=torch.float32) / pairs
+    frequencies = (2 * math.pi * ROTARY_PERIOD_RATIO**-exponents)[:, None]
+    positions = (torch.arange(size, device=device, dtype=torch.float32) * 2 + 1) / size - 1
+    angles = frequencies * positions
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+@functools.lru_cache(maxsize=64)
+def _cpu_axis(size: int, pairs: int) -> Tensor:
+    # A tensor of inference mode could not serve a training afterwards.
+    with torch.inference_mode(False):
+        return rotary_axis(size, pairs, torch.device("cpu"))
+
+
+def kept_axis(size: int, pairs: int, device: torch.device) -> Tensor:
+    """``rotary_axis``; on a CPU it is kept, because its small calls take 1 % of a pass at 224 x 224.
+
+    What compiles or traces, and a mode that watches or fakes tensors, gets one of its own.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if device.type != "cpu" or traced or torch._C._len_torch_dispatch_stack():
+        return rotary_axis(size, pairs, device)
+    return _cpu_axis(size, pairs)
+
+
 class RotaryTable:
     """Cosines and sines of a 2-D axial rotary embedding of one map, float32.
 
@@ -49,11 +77,7 @@ class RotaryTable:
 
     def __init__(self, hw_shape: tuple[int, int], head_dims: int, device: torch.device) -> None:
         pairs = head_dims // 4
-        exponents = torch.arange(pairs, device=device, dtype=torch.float32) / pairs
-        frequencies = (2 * math.pi * ROTARY_PERIOD_RATIO**-exponents)[:, None]
-        positions = [(torch.arange(n, device=device, dtype=torch.float32) * 2 + 1) / n - 1 for n in hw_shape]
-        angles = [frequencies * position for position in positions]
-        rows, columns = (torch.stack([angle.cos(), angle.sin()]) for angle in angles)
+        rows, columns = (kept_axis(size, pairs, device) for size in hw_shape)
         self.axes = rows, columns
         self._whole: tuple[Tensor, Tensor] | None = None
 

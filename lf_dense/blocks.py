@@ -25,6 +25,9 @@ STRIP_BYTES = {"cpu": 64 << 20}
 STRIP_BYTES_ELSEWHERE = 512 << 20
 # Of the hidden channels of a network 8 times as wide inside, in exported graphs: their memory is that of one.
 EXPORTED_GROUPS = 4
+# Tokens up to which a patch embedding is a product: at 49 it takes half of the convolution's time, at 196 as
+# long.
+SMALL_MAP = 100
 
 
 class DropPath(nn.Module):
@@ -55,8 +58,24 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = self.proj(x)
-        return self.norm(map_to_tokens(x)), (x.shape[2], x.shape[3])
+        size, stride = self.proj.kernel_size[0], self.proj.stride[0]
+        hw_shape = (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
+        if self.is_small(x, hw_shape):
+            patches = F.unfold(x, size, padding=size // 2, stride=stride)
+            tokens = F.linear(patches.transpose(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+        else:
+            tokens = map_to_tokens(self.proj(x))
+        return self.norm(tokens), hw_shape
+
+    def is_small(self, x: Tensor, hw_shape: tuple[int, int]) -> bool:
+        """Whether the convolution takes longer than a product with the patches.
+
+        On a CPU torch lays out a convolution's weights anew in every call, which at few tokens takes longer
+        than the arithmetic.
+        """
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or asks_gradient(x, self):
+            return False
+        return x.shape[0] * hw_shape[0] * hw_shape[1] <= SMALL_MAP and is_plain(self, PatchEmbed, *LAYERS)
 
 
 class ConvFFN(nn.Module):
@@ -164,11 +183,14 @@ class Block(nn.Module):
     def fused(
         self, x: Tensor, hw_shape: tuple[int, int], table: RotaryTable, operators: ModuleType
     ) -> Tensor:
-        """The same by one operator before the attention, one after it, and one for the network."""
+        """The same by one operator, or by one before the attention, one after it, and one for the network."""
         attn: Any = self.attn
         ffn = self.ffn
         turns = table.axes if attn.rotary else None
         x = x.contiguous().unflatten(1, hw_shape)
+        whole = attn.normalization == "mass" and attn.log_scale is None and "attend" not in vars(attn)
+        if whole and operators is native:
+            return native.attention_block(x, self.norm1, attn, self.norm2, ffn, turns).flatten(1, 2)
         heads = operators.project_heads(x, self.norm1, attn.q, attn.k, attn.v, turns)
         q, k, v = (attn.split(part.flatten(1, 2)) for part in heads)
         attended = attn.attend(attn.scaled(q), attn.scaled(k), v, hw_shape)
@@ -191,7 +213,12 @@ class Stage(nn.Module):
         attention: Any = blocks[0].attn
         self.head_dims: int = attention.head_dims
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, contiguous: bool = False) -> tuple[Tensor, Tensor]:
+        """From the map of the stage before to this one's, channels-last.
+
+        Returns:
+            The map, and the same once more, ``contiguous`` if asked for.
+        """
         x, hw_shape = self.patch_embed(x)
         table = RotaryTable(hw_shape, self.head_dims, x.device)
         for block in self.blocks:
@@ -199,7 +226,12 @@ class Stage(nn.Module):
                 x = checkpoint(block, x, hw_shape, table, use_reentrant=False)
             else:
                 x = block(x, hw_shape, table)
-        return tokens_to_map(self.norm(x), hw_shape)
+        if can_fuse(x, self.norm, nn.LayerNorm):
+            tokens, copy = native.norm_to_map(x.contiguous().unflatten(1, hw_shape), self.norm, contiguous)
+            x = tokens.permute(0, 3, 1, 2)
+            return x, copy if contiguous else x
+        x = tokens_to_map(self.norm(x), hw_shape)
+        return x, x.contiguous() if contiguous else x
 
 
 def init_weights(model: nn.Module) -> None:

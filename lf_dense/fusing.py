@@ -16,9 +16,9 @@ def asks_gradient(x: Tensor, module: nn.Module) -> bool:
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether calling the modules inside does what their weights say and no more.
 
-    A module of another kind, a replaced, parametrized or pruned one, one that a hook watches and one that
-    drops something are not plain; nor is any while ``torch.jit`` traces, for tools that count the operations
-    in its graph.
+    A module of another kind, a replaced, parametrized or pruned one, one that a hook watches, one whose
+    ``forward`` somebody replaced and one that drops something are not plain; nor is any while ``torch.jit``
+    traces, for tools that count the operations in its graph.
     """
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
@@ -28,6 +28,8 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         if part is None:
             continue
         if type(part) not in kinds or part._forward_hooks or part._forward_pre_hooks:
+            return False
+        if "forward" in vars(part):
             return False
         if isinstance(part, nn.Dropout) and part.training and part.p > 0:
             return False

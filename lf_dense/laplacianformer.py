@@ -215,9 +215,10 @@ class LaplacianFormer(BaseModule):
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for index, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
-            x = stage(x)
-            if index in self.out_indices:
-                outs.append(x if self.out_channels_last else x.contiguous())
+            returned = index in self.out_indices
+            x, out = stage(x, contiguous=returned and not self.out_channels_last)
+            if returned:
+                outs.append(out)
         return tuple(outs)
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:

@@ -91,7 +91,7 @@ def _log_once(obstacle: str) -> None:
     )
 
 
-@torch.compiler.assume_constant_result
+@native.constant_result
 def choose_backend(argument: str | None, device: torch.device) -> str:
     """Resolve a request to ``"reference"`` or ``"native"``, by the device.
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from ..presets import EPS
 from .reference import common_dtype, compute_dtype, inverse_gradient
 
 MIN_TORCH = (2, 11)
@@ -25,6 +26,12 @@ MIN_CUDA_CAPABILITY = (8, 0)
 # The operators' namespace in torch.ops; the tests put the emulated CUDA operators in its place.
 LIBRARY = "lf_dense"
 _FOLDER = Path(__file__).parent
+
+
+def constant_result(function: Callable) -> Callable:
+    """``torch.compiler.assume_constant_result`` without importing the compiler, which takes 1.7 s."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def _torch_obstacle() -> str | None:
@@ -91,7 +98,7 @@ def _cuda_index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def fused_head_dims(device: torch.device) -> float:
     """The most channels a head with which the attention is one operator; infinity where there is no limit."""
     if device.type != "cuda":
@@ -207,13 +214,9 @@ def project_heads(
     ``torch.ops``, here and below.
     """
     wide, dtype = compute_dtype(x.dtype), layers_dtype(x)
-    if turns is None:
-        rows, columns = (x.new_empty(2, 0, size, dtype=wide) for size in x.shape[1:3])
-    else:
-        rows, columns = (axis.to(wide) for axis in turns)
     projections = (tensor for layer in (q, k, v) for tensor in _weights(layer, wide, dtype))
     operator = getattr(torch.ops, library).project_heads
-    return operator(x, *_weights(norm, wide), norm.eps, *projections, rows, columns)
+    return operator(x, *_weights(norm, wide), norm.eps, *projections, *_axes(x, turns, wide))
 
 
 def pool_tokens(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -256,6 +259,60 @@ def conv_ffn(
     wide, dtype = compute_dtype(x.dtype), layers_dtype(x)
     layers = (*_weights(fc1, wide, dtype), *_weights(conv, wide), *_weights(fc2, wide, dtype))
     return getattr(torch.ops, library).conv_ffn(x, *_weights(norm, wide), norm.eps, *layers)
+
+
+def attention_block(
+    x: Tensor,
+    norm1: nn.LayerNorm,
+    attn: Any,
+    norm2: nn.LayerNorm,
+    ffn: Any,
+    turns: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """All of a block of a map ``(B, H, W, C)`` in one call: the operators above around the attention.
+
+    ``attn`` is a ``LaplacianAttention`` of normalization ``"mass"`` without a learnt scale, ``ffn`` a
+    ``ConvFFN``; no gradient.
+    """
+    wide, dtype = compute_dtype(x.dtype), layers_dtype(x)
+    return torch.ops.lf_dense.attention_block(
+        x,
+        *_weights(norm1, wide),
+        norm1.eps,
+        *_weights(attn.q, wide, dtype),
+        *_weights(attn.k, wide, dtype),
+        *_weights(attn.v, wide, dtype),
+        *_axes(x, turns, wide),
+        attn.num_heads,
+        *attn.landmark_grid,
+        attn.kernel_scale,
+        attn.newton_iters,
+        EPS,
+        attn.tau,
+        *_weights(attn.dwconv, wide),
+        *_weights(attn.proj, wide, dtype),
+        *_weights(norm2, wide),
+        norm2.eps,
+        *_weights(ffn.fc1, wide, dtype),
+        *_weights(ffn.dwconv, wide),
+        *_weights(ffn.fc2, wide, dtype),
+    )
+
+
+def norm_to_map(x: Tensor, norm: nn.LayerNorm, with_map: bool) -> tuple[Tensor, Tensor]:
+    """``norm(x)`` of a map ``(B, H, W, C)``, as such a map and as ``(B, C, H, W)``; no gradient.
+
+    The latter is empty unless it is asked for.
+    """
+    weights = _weights(norm, compute_dtype(x.dtype))
+    return torch.ops.lf_dense.norm_to_map(x, *weights, norm.eps, with_map)
+
+
+def _axes(x: Tensor, turns: tuple[Tensor, Tensor] | None, wide: torch.dtype) -> tuple[Tensor, ...]:
+    """The rotary tables of a map ``(B, H, W, C)`` in ``wide``; empty ones where nothing turns."""
+    if turns is None:
+        return tuple(x.new_empty(2, 0, size, dtype=wide) for size in x.shape[1:3])
+    return tuple(axis.to(wide) for axis in turns)
 
 
 def _weights(
@@ -318,6 +375,13 @@ def _like_first_fake(x: Tensor, *layers: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _map_fake(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, with_map: bool
+) -> tuple[Tensor, Tensor]:
+    batch, height, width, channels = x.shape
+    return _like_first_fake(x), x.new_empty(batch if with_map else 0, channels, height, width)
+
+
 def laplacian_attention_macs(
     num_heads: int, num_tokens: int, num_landmarks: int, head_dims: int, iters: int
 ) -> int:
@@ -369,6 +433,21 @@ def _conv_ffn_flops(
     **unused: object,
 ) -> int:
     return 2 * math.prod(x[:-1]) * fc1[0] * (2 * x[-1] + 9)
+
+
+def _block_flops(x: tuple[int, ...], *arguments: Any, **unused: object) -> int:
+    """Those of the operators that it stands for; places are the schema's."""
+    _, height, width, channels = x
+    heads, grid_rows, grid_columns, _, iters = arguments[11:16]
+    landmarks = min(grid_rows, height) * min(grid_columns, width)
+    macs = laplacian_attention_macs(heads, height * width, landmarks, channels // heads, iters)
+    ffn = _conv_ffn_flops(x, None, None, None, arguments[25])
+    return _project_flops(x) + 2 * x[0] * macs + _merge_flops(x) + ffn
+
+
+def _norm_flops(x: tuple[int, ...], *layers: object, **unused: object) -> int:
+    """None, as above."""
+    return 0
 
 
 def _attention_backward_fake(
@@ -469,6 +548,8 @@ def register(library: str) -> torch.library.Library:
         ("pool_tokens", _pool_fake, _pool_flops),
         ("merge_heads", _like_first_fake, _merge_flops),
         ("conv_ffn", _like_first_fake, _conv_ffn_flops),
+        ("attention_block", _like_first_fake, _block_flops),
+        ("norm_to_map", _map_fake, _norm_flops),
     ):
         torch.library.register_fake(f"{library}::{name}", fake)
         torch.library.register_autograd(f"{library}::{name}", _no_gradient)

@@ -68,6 +68,10 @@ template <typename T, typename X = T, typename W = T>
 void feed_forward(const Tokens& shape, const X* x, const LayerNorm<T>& norm, int64_t hidden,
                   const Linear<T, W>& fc1, const Linear<T>& conv, const Linear<T, W>& fc2, X* out);
 
+// norm(x): as tokens, and as a map (batch, channels, height, width) unless that is null.
+template <typename T, typename X = T>
+void map_of_tokens(const Tokens& shape, const X* x, const LayerNorm<T>& norm, X* tokens, X* map);
+
 // Parts of `size` as equal as can be: where part `index` of `count` begins.
 inline int64_t part(int64_t size, int64_t count, int64_t index) { return size * index / count; }
 

@@ -225,6 +225,75 @@ Tensor conv_ffn(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_b
   return out;
 }
 
+// Tokens (batch, .., heads * channels), contiguous, as heads.
+View heads_view(const Tensor& tokens, int64_t heads) {
+  const int64_t channels = tokens.size(-1);
+  int64_t rows = 1;
+  for (int64_t i = 1; i + 1 < tokens.dim(); ++i) rows *= tokens.size(i);
+  return {static_cast<char*>(tokens.data_ptr()),
+          {tokens.size(0), heads, rows, channels / heads},
+          {rows * channels, channels / heads, channels, 1},
+          dtype_of(tokens)};
+}
+
+// A small map's layers take less time than their calls from Python do, so one call makes them all.
+Tensor attention_block(const Tensor& x, const Tensor& norm1_weight, const Tensor& norm1_bias,
+                       double norm1_eps, const Tensor& q_weight, const Tensor& q_bias, const Tensor& k_weight,
+                       const Tensor& k_bias, const Tensor& v_weight, const Tensor& v_bias, const Tensor& rows,
+                       const Tensor& columns, int64_t num_heads, int64_t grid_rows, int64_t grid_columns,
+                       double scale, int64_t iters, double eps, double tau, const Tensor& conv_weight,
+                       const Tensor& conv_bias, const Tensor& proj_weight, const Tensor& proj_bias,
+                       const Tensor& norm2_weight, const Tensor& norm2_bias, double norm2_eps,
+                       const Tensor& fc1_weight, const Tensor& fc1_bias, const Tensor& ffn_conv_weight,
+                       const Tensor& ffn_conv_bias, const Tensor& fc2_weight, const Tensor& fc2_bias) {
+  const auto attend = [&] {
+    const auto [q, k, v] = project_heads(x, norm1_weight, norm1_bias, norm1_eps, q_weight, q_bias, k_weight,
+                                         k_bias, v_weight, v_bias, rows, columns);
+    STD_TORCH_CHECK(num_heads > 0 && x.size(3) % num_heads == 0, "lf_dense: ", num_heads,
+                    " heads do not divide ", x.size(3), " channels.");
+    const Tensor landmarks = pool_tokens(q, grid_rows, grid_columns), out = torch::stable::empty_like(q);
+    const View points = heads_view(landmarks, num_heads);
+    const int64_t heads = points.heads(), m = points.rows(), channels = points.channels();
+    with_compute_type(x, [&]<typename T>(T) {
+      const Scratch<T> inverse(heads * m * m), sums(heads * m * channels), mass(heads * m),
+          mean(heads * channels);
+      attention_forward<T>(heads_view(q, num_heads), heads_view(k, num_heads), heads_view(v, num_heads),
+                           points, {static_cast<T>(scale), static_cast<T>(tau)}, iters, eps,
+                           heads_view(out, num_heads), {inverse, sums, mass, mean});
+    });
+    return merge_heads(x, out, v, conv_weight, conv_bias, proj_weight, proj_bias);
+  };
+  return conv_ffn(attend(), norm2_weight, norm2_bias, norm2_eps, fc1_weight, fc1_bias, ffn_conv_weight,
+                  ffn_conv_bias, fc2_weight, fc2_bias);
+}
+
+std::tuple<Tensor, Tensor> norm_to_map(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+                                       double eps, bool with_map) {
+  const ScalarType wide = compute_type(x), type = x.scalar_type();
+  STD_TORCH_CHECK(type == wide || type == ScalarType::BFloat16,
+                  "lf_dense: the norm takes float32, float64 or bfloat16 tokens.");
+  check_tokens(x, 4, type);
+  const Tokens shape{x.size(0), x.size(1), x.size(2), x.size(3)};
+  check_layer(norm_weight, norm_bias, wide, wide, shape.channels, 1);
+  Tensor tokens = torch::stable::empty_like(x),
+         map = empty({with_map ? shape.batch : 0, shape.channels, shape.height, shape.width}, type, x);
+  const auto run = [&]<typename T, typename X>(T, X) {
+    map_of_tokens<T, X>(shape, data<X>(x), {data<T>(norm_weight), data<T>(norm_bias), static_cast<T>(eps)},
+                        data<X>(tokens), with_map ? data<X>(map) : nullptr);
+  };
+  if (type == ScalarType::Double) {
+    run(double{}, double{});
+  } else if (type == ScalarType::Float) {
+    run(float{}, float{});
+  } else {
+    STD_TORCH_CHECK(shape.channels % 2 == 0,
+                    "lf_dense: bfloat16 tokens take an even number of channels, and here are ",
+                    shape.channels, ".");
+    run(float{}, BFloat16{});
+  }
+  return {tokens, map};
+}
+
 }  // namespace
 }  // namespace lf
 
@@ -234,6 +303,8 @@ LF_IMPLEMENT(CPU, m) {
   m.impl("pool_tokens", TORCH_BOX(&lf::pool_tokens));
   m.impl("merge_heads", TORCH_BOX(&lf::merge_heads));
   m.impl("conv_ffn", TORCH_BOX(&lf::conv_ffn));
+  m.impl("attention_block", TORCH_BOX(&lf::attention_block));
+  m.impl("norm_to_map", TORCH_BOX(&lf::norm_to_map));
   m.impl("laplacian_attention", TORCH_BOX(&lf::laplacian_attention));
   m.impl("laplacian_attention_backward", TORCH_BOX(&lf::laplacian_attention_backward));
 }

@@ -173,6 +173,29 @@ void tokens_of_heads(const Tokens& shape, const X* x, const W* attended, const W
   });
 }
 
+template <typename T, typename X>
+void map_of_tokens(const Tokens& shape, const X* x, const LayerNorm<T>& norm, X* tokens, X* map) {
+  const int64_t channels = shape.channels, cols = padded(channels);
+  const int64_t panels = (shape.each() + kPanel - 1) / kPanel;
+  share_out(shape.batch * panels, [&](const auto& take) {
+    const Scratch<T> words(kPanel * cols), panel(kPanel * cols);
+    Gathered<T, X> gathered(channels);
+    for (int64_t item = take(); item >= 0; item = take()) {
+      const int64_t image = item / panels, first = item % panels * kPanel;
+      const int64_t count = std::min(kPanel, shape.each() - first);
+      const int64_t at = (image * shape.each() + first) * channels;
+      gathered.set(x + at, 0, count);
+      gathered.to_panel(count, panel);
+      kernels<T>().normalize(panel, kPanel, channels, padded(count), norm.weight, norm.bias, norm.eps);
+      if (map) {
+        kernels<T>().unpack(panel, channels, count, kPanel, map + image * channels * shape.each() + first,
+                            dtype_named<X>, shape.each(), 1);
+      }
+      transpose_out<T, X>(panel, count, channels, words, tokens + at, channels);
+    }
+  });
+}
+
 #define LF_INSTANTIATE(T, X, W)                                                                  \
   template void heads_of(const Tokens&, const X*, const LayerNorm<T>&, const Linear<T, W>(&)[3], \
                          const Rotation<T>&, W* const(&)[3]);                                    \
@@ -183,5 +206,8 @@ LF_FOR_LAYER_TYPES(LF_INSTANTIATE)
 template void pooled<float>(const Tokens&, const float*, int64_t, int64_t, float*);
 template void pooled<double>(const Tokens&, const double*, int64_t, int64_t, double*);
 template void pooled<float>(const Tokens&, const BFloat16*, int64_t, int64_t, BFloat16*);
+template void map_of_tokens(const Tokens&, const float*, const LayerNorm<float>&, float*, float*);
+template void map_of_tokens(const Tokens&, const double*, const LayerNorm<double>&, double*, double*);
+template void map_of_tokens(const Tokens&, const BFloat16*, const LayerNorm<float>&, BFloat16*, BFloat16*);
 
 }  // namespace lf

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from lf_dense import LaplacianAttention, use_backend
+from lf_dense import LaplacianAttention, LaplacianFormer, use_backend
 from lf_dense.attention import RotaryTable
 from lf_dense.backends import exporting, native
 from lf_dense.backends.reference import compute_dtype
-from lf_dense.blocks import Block, ConvFFN
+from lf_dense.blocks import SMALL_MAP, Block, ConvFFN, PatchEmbed
 from support import instruction_sets
 
 obstacle = native.library_obstacle("cpu")
 pytestmark = pytest.mark.skipif(obstacle is not None, reason=str(obstacle))
 CALLS = ("project_heads", "pool_tokens", "merge_heads", "conv_ffn")
+WHOLE = ("attention_block", "norm_to_map")
 # Odd sizes, one token, one row, maps whose hidden channels are cut (up to 512 tokens) or whose rows, maps cut
 # into strips (more than 96 columns) and into many pieces.
 MAPS = [(1, 1), (1, 7), (9, 1), (5, 7), (16, 32), (19, 27), (13, 96), (3, 97), (40, 130), (2, 257)]
@@ -36,7 +43,7 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(native, name, noted)
 
-    for name in CALLS:
+    for name in (*CALLS, *WHOLE):
         note(name, getattr(native, name))
     return made
 
@@ -51,6 +58,19 @@ def exact_convolution(maps: np.ndarray, weight: np.ndarray, bias: np.ndarray) ->
     wide = np.pad(maps, ((0, 0), (1, 1), (1, 1), (0, 0)))
     taps = [wide[:, y : y + height, x : x + width] * weight[:, 0, y, x] for y in range(3) for x in range(3)]
     return sum(taps) + bias
+
+
+def exact_embedding(layer: PatchEmbed, maps: np.ndarray) -> np.ndarray:
+    """A strided convolution of ``(B, C, H, W)`` tap by tap, and the norm of its tokens."""
+    w, (size, stride) = exact(layer), (layer.proj.kernel_size[0], layer.proj.stride[0])
+    height, width = maps.shape[2:]
+    wide = np.pad(maps, ((0, 0), (0, 0), (size // 2, size // 2), (size // 2, size // 2)))
+    tokens = w["proj.bias"]
+    for y in range(size):
+        for x in range(size):
+            near = wide[:, :, y : y + height : stride, x : x + width : stride]
+            tokens = tokens + np.einsum("bchw,oc->bhwo", near, w["proj.weight"][:, :, y, x])
+    return exact_norm(layer.norm, tokens.reshape(maps.shape[0], -1, tokens.shape[-1]))
 
 
 def exact_ffn(layer: ConvFFN, x: np.ndarray, hw_shape: tuple[int, int]) -> np.ndarray:
@@ -132,6 +152,13 @@ def watch_attention(block: Block, monkeypatch, attended: torch.Tensor) -> list[l
     return given
 
 
+def taken_apart(block: Block) -> Block:
+    """The same block, calling its operators one by one: somebody watches its attention."""
+    block = copy.deepcopy(block)
+    block.attn.attend = functools.partial(LaplacianAttention.attend, block.attn)
+    return block
+
+
 SETTINGS = [
     (64, 1, 8, {}),
     (40, 2, 3, {"qkv_bias": False}),
@@ -170,9 +197,12 @@ def check_block(block: Block, x: torch.Tensor, hw_shape: tuple[int, int], calls:
     assert torch.equal(block(strided, hw_shape, table), found)
 
 
+# The largest map beside the widest layers would take as long as all others.
+CASES = [(hw, each) for hw in MAPS for each in SETTINGS if hw != (40, 130) or each[0] != 320]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("hw_shape", MAPS, ids=str)
+@pytest.mark.parametrize(("hw_shape", "settings"), CASES, ids=str)
 @torch.no_grad()
 def test_a_block_is_the_literal_computation(hw_shape, settings, dtype, calls, monkeypatch):
     channels, heads, ratio, options = settings
@@ -189,6 +219,53 @@ def test_the_literal_computation_under_autocast(hw_shape, dtype, calls, monkeypa
     block, x = build_block(64, 2, 4), torch.randn(2, hw_shape[0] * hw_shape[1], 64).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         check_block(block, x, hw_shape, calls, monkeypatch)
+
+
+@pytest.mark.parametrize("cast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@torch.no_grad()
+def test_one_call_is_its_operators_one_by_one(settings, dtype, cast, calls):
+    channels, heads, ratio, options = settings
+    block = build_block(channels, heads, ratio, **options).to(dtype)
+    apart = taken_apart(block)
+    with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None and dtype != torch.float64):
+        for hw_shape in [(1, 1), (9, 11), (24, 23)]:
+            x = torch.randn(2, hw_shape[0] * hw_shape[1], channels).to(dtype)
+            assert torch.equal(run(block, x, hw_shape), run(apart, x, hw_shape))
+    assert calls == ["attention_block", *CALLS] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [2, 36, 320])
+@torch.no_grad()
+def test_a_stages_norm_writes_its_map(channels, dtype):
+    norm = spread(nn.LayerNorm(channels)).to(dtype)
+    for hw_shape in [(1, 1), (5, 13), (7, 64), (31, 9)]:
+        x = torch.randn(2, *hw_shape, channels).to(dtype)
+        tokens, maps = native.norm_to_map(x, norm, True)
+        holds(tokens, norm(x), exact_norm(norm, x.double().numpy()))
+        assert maps.is_contiguous()
+        assert torch.equal(maps, tokens.permute(0, 3, 1, 2))
+        alone, nothing = native.norm_to_map(x, norm, False)
+        assert torch.equal(alone, tokens)
+        assert nothing.numel() == 0
+
+
+@torch.no_grad()
+def test_the_backbones_maps_come_from_that_norm(calls):
+    model, image = LaplacianFormer(arch="tiny").eval(), torch.randn(1, 3, 64, 96)
+    maps = model(image)
+    assert calls == [*["attention_block"] * 2, "norm_to_map"] * 4
+    assert all(each.is_contiguous() for each in maps)
+    model.out_channels_last = True
+    for found, wanted in zip(model(image), maps):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(found, wanted)
+    calls.clear()
+    model.stages[1].norm.register_forward_hook(lambda *unused: None)
+    model(image)
+    assert calls.count("norm_to_map") == 3
 
 
 def operator_calls(dtype, narrow=None):
@@ -211,14 +288,26 @@ def operator_calls(dtype, narrow=None):
         ]
 
     qkv = products(attn.q, attn.k, attn.v)
+    merging = (*vectors(attn.dwconv), *products(attn.proj))
+    network = (
+        *vectors(block.norm2),
+        1e-6,
+        *products(ffn.fc1),
+        *vectors(ffn.dwconv),
+        *products(ffn.fc2),
+    )
+    attention = (2, 2, 3, 4.0, 10, 0.01, 0.1)
     return [
         (ops.project_heads, (maps, *vectors(block.norm1), 1e-6, *qkv, *axes)),
         (ops.pool_tokens, (heads[0], 2, 3)),
-        (ops.merge_heads, (maps, *heads, *vectors(attn.dwconv), *products(attn.proj))),
+        (ops.merge_heads, (maps, *heads, *merging)),
+        (ops.conv_ffn, (maps, *network)),
         (
-            ops.conv_ffn,
-            (maps, *vectors(block.norm2), 1e-6, *products(ffn.fc1), *vectors(ffn.dwconv), *products(ffn.fc2)),
+            ops.attention_block,
+            (maps, *vectors(block.norm1), 1e-6, *qkv, *axes, *attention, *merging, *network),
         ),
+        (ops.norm_to_map, (maps, *vectors(block.norm1), 1e-6, True)),
+        (ops.norm_to_map, (maps, *vectors(block.norm1), 1e-6, False)),
     ]
 
 
@@ -245,7 +334,7 @@ def test_a_gradient_is_refused_by_name():
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,)], ids=str)
-@pytest.mark.parametrize("operator", range(4))
+@pytest.mark.parametrize("operator", range(6))
 def test_wrong_shapes_and_dtypes_are_refused(operator, dtypes):
     call, args = operator_calls(*dtypes)[operator]
     for index, tensor in enumerate(args):
@@ -259,7 +348,10 @@ def test_wrong_shapes_and_dtypes_are_refused(operator, dtypes):
 
 
 def test_what_does_not_fit_is_refused():
-    (_, _), (pool, (maps, *_)), _, (ffn, args) = operator_calls(torch.float32)
+    (_, _), (pool, (maps, *_)), _, (ffn, args), (whole, parts), *_ = operator_calls(torch.float32)
+    for heads in (0, 3):
+        with pytest.raises(RuntimeError, match=f"{heads} heads do not divide 8 channels"):
+            whole(*parts[:12], heads, *parts[13:])
     for grid in [(0, 2), (2, -1)]:
         with pytest.raises(RuntimeError, match="has no cells: it needs at least one row and one column"):
             pool(maps, *grid)
@@ -274,9 +366,8 @@ def run(block: Block, x: torch.Tensor, hw_shape: tuple[int, int]) -> torch.Tenso
 
 
 @torch.no_grad()
-def test_the_same_bits_on_any_number_of_threads_and_from_any_cut(monkeypatch):
+def test_the_same_bits_on_any_number_of_threads_and_from_any_cut():
     block = build_block(16, 2, 4)
-    watch_attention(block, monkeypatch, torch.randn(1, 70 * 150, 2, 8))
     x = torch.randn(1, 70 * 150, 16)
     threads = torch.get_num_threads()
     try:
@@ -347,6 +438,10 @@ def another_attention(block):
     block.attn = OwnAttention(16, 2)
 
 
+def given_another_forward(block):
+    block.ffn.fc1.forward = nn.Identity()
+
+
 def pruned(block):
     prune.random_unstructured(block.ffn.fc1, "weight", 0.5)
 
@@ -360,7 +455,16 @@ def dropping_paths(block):
     block.train()
 
 
-CHANGES = [hooked_deep_inside, hooked, replaced, another_attention, pruned, dropping, dropping_paths]
+CHANGES = [
+    hooked_deep_inside,
+    hooked,
+    replaced,
+    another_attention,
+    given_another_forward,
+    pruned,
+    dropping,
+    dropping_paths,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -380,14 +484,14 @@ def test_what_asks_for_a_gradient_trains_in_plain_pytorch(calls):
     assert run(block, x.requires_grad_(), (2, 3)).requires_grad
     assert calls == []
     run(block, x.detach(), (2, 3))
-    assert len(calls) == 4
+    assert calls == ["attention_block"]
 
 
 @torch.no_grad()
 def test_a_learnt_scale_reaches_the_attention(calls):
     block, x = build_block(16, 2, 4, learn_kernel_scale=True), torch.randn(1, 12, 16)
     found = run(block, x, (3, 4))
-    assert len(calls) == 4
+    assert calls == list(CALLS)
     with use_backend("reference"):
         torch.testing.assert_close(found, run(block, x, (3, 4)), rtol=1e-5, atol=1e-5)
 
@@ -411,15 +515,19 @@ def test_other_dtypes_devices_and_traces_run_by_themselves(calls):
 @torch.no_grad()
 def test_torch_counts_their_operations(calls):
     block, x = build_block(16, 2, 4), torch.randn(2, 15, 16)
-    counts = []
-    for backend in ("native", "reference"):
+
+    def count(block, backend):
         with use_backend(backend), FlopCounterMode(display=False) as counter:
             run(block, x, (3, 5))
-        # Pooling the landmarks and the attention of the reference are products too; the layers alone count.
-        by_operator = {str(name).split(".")[-1]: n for name, n in counter.get_flop_counts()["Global"].items()}
-        counts.append(sum(by_operator.get(name, 0) for name in (*CALLS, "addmm", "convolution")))
-    assert calls
-    assert counts[0] == counts[1] > 0
+        return {str(name).split(".")[-1]: n for name, n in counter.get_flop_counts()["Global"].items()}
+
+    whole, native_parts = count(block, "native"), count(taken_apart(block), "native")
+    reference = count(block, "reference")
+    assert calls == ["attention_block", *CALLS]
+    assert whole == {"attention_block": sum(native_parts.values())}
+    # Pooling the landmarks and the attention of the reference are products too; the layers alone count.
+    layers = sum(native_parts[name] for name in CALLS if name in native_parts)
+    assert layers == sum(reference[name] for name in ("addmm", "convolution")) > 0
 
 
 @torch.no_grad()
@@ -430,7 +538,7 @@ def test_one_graph_for_all_sizes(calls):
     for hw_shape in [(4, 5), (7, 3), (6, 11)]:
         x = torch.randn(2, hw_shape[0] * hw_shape[1], 16)
         torch.testing.assert_close(compiled(block, x, hw_shape), run(block, x, hw_shape))
-    assert "conv_ffn" in calls
+    assert "attention_block" in calls
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 100])
@@ -451,6 +559,63 @@ def test_strips_give_the_bits_of_the_whole(hw_shape, rows, monkeypatch):
     assert len(heights) == -(-hw_shape[0] // rows)
     assert max(heights) <= rows + 2
     assert torch.equal(found, whole(x, hw_shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("in_channels", "size", "stride"), [(3, 7, 4), (20, 3, 2)])
+@pytest.mark.parametrize("hw_shape", [(1, 1), (8, 9), (13, 14)], ids=str)
+@torch.no_grad()
+def test_a_small_maps_embedding_is_a_product(hw_shape, in_channels, size, stride, dtype, monkeypatch):
+    layer = spread(PatchEmbed(in_channels, 24, size, stride)).to(dtype)
+    maps = torch.randn(1, in_channels, *hw_shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    patched, unfold = [], torch.nn.functional.unfold
+    monkeypatch.setattr(
+        torch.nn.functional, "unfold", lambda *args, **kinds: patched.append(1) or unfold(*args, **kinds)
+    )
+    found, shape = layer(maps)
+    assert (len(patched), shape) == (1, tuple(-(-n // stride) for n in hw_shape))
+    monkeypatch.setattr("lf_dense.blocks.SMALL_MAP", 0)
+    plain, plain_shape = layer(maps)
+    assert (len(patched), plain_shape) == (1, shape)
+    assert (found.dtype, found.shape) == (plain.dtype, plain.shape)
+    holds(found, plain, exact_embedding(layer, maps.double().numpy()))
+
+
+def test_other_embeddings_are_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "unfold", None)
+    layer = PatchEmbed(3, 8, 3, 2)
+    layer(torch.randn(1, 3, 4, 4))[0].sum().backward()
+    assert layer.proj.weight.grad is not None
+    with torch.no_grad():
+        layer(torch.randn(SMALL_MAP + 1, 3, 2, 2))
+        layer.proj.register_forward_hook(lambda *unused: None)
+        layer(torch.randn(1, 3, 4, 4))
+
+
+def test_rotary_tables_are_kept_for_later_passes():
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        kept = RotaryTable((5, 6), 8, device)
+    assert not any(axis.is_inference() for axis in kept.axes)
+    again = RotaryTable((6, 5), 8, device)
+    assert again.axes[0] is kept.axes[1]
+    assert again.axes[1] is kept.axes[0]
+    with FakeTensorMode():
+        fake = RotaryTable((5, 6), 8, device)
+    assert all(isinstance(axis, FakeTensor) for axis in fake.axes)
+    assert RotaryTable((5, 6), 8, device).axes[0] is kept.axes[0]
+
+
+def test_importing_leaves_the_compiler_alone():
+    script = "import sys, lf_dense; raise SystemExit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+    def function():
+        pass
+
+    marked = torch.compiler.assume_constant_result(function)
+    assert vars(marked).items() <= vars(native.fused_head_dims).items()
+    assert vars(marked)
 
 
 @pytest.mark.parametrize(("ratio", "groups"), [(8, 4), (9, 4), (4, 1)])
