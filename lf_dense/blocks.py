@@ -62,7 +62,8 @@ class PatchEmbed(nn.Module):
         hw_shape = (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
         if self.is_small(x, hw_shape):
             patches = F.unfold(x, size, padding=size // 2, stride=stride)
-            tokens = F.linear(patches.transpose(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+            weight, bias = self.proj.weight.flatten(1), self.proj.bias[:, None]  # type: ignore[index]
+            tokens = torch.baddbmm(bias, weight.expand(x.shape[0], -1, -1), patches).transpose(1, 2)
         else:
             tokens = map_to_tokens(self.proj(x))
         return self.norm(tokens), hw_shape

@@ -40,11 +40,9 @@ LF_DEFINE(m) {
       "attention_block(Tensor x, Tensor norm1_weight, Tensor norm1_bias, float norm1_eps, Tensor q_weight, "
       "Tensor q_bias, Tensor k_weight, Tensor k_bias, Tensor v_weight, Tensor v_bias, Tensor rows, Tensor "
       "columns, int num_heads, int grid_rows, int grid_columns, float scale, int iters, float eps, float "
-      "tau, "
-      "Tensor conv_weight, Tensor conv_bias, Tensor proj_weight, Tensor proj_bias, Tensor norm2_weight, "
-      "Tensor norm2_bias, float norm2_eps, Tensor fc1_weight, Tensor fc1_bias, Tensor ffn_conv_weight, "
-      "Tensor "
-      "ffn_conv_bias, Tensor fc2_weight, Tensor fc2_bias) -> Tensor");
+      "tau, Tensor conv_weight, Tensor conv_bias, Tensor proj_weight, Tensor proj_bias, Tensor "
+      "norm2_weight, Tensor norm2_bias, float norm2_eps, Tensor fc1_weight, Tensor fc1_bias, Tensor "
+      "ffn_conv_weight, Tensor ffn_conv_bias, Tensor fc2_weight, Tensor fc2_bias) -> Tensor");
   // norm(x), as tokens and, unless that is an empty tensor, as a map (B, C, H, W), both contiguous.
   m.def(
       "norm_to_map(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool with_map) -> (Tensor "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import resource
@@ -137,6 +138,8 @@ class _Server:
             limit = int(limit_gib * 2**30)
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         native.library_obstacle(device.type)  # loads the operators, and with them how torch counts their work
+        # The counter loads torch's compiler, which is not the memory of the pass that it counts.
+        importlib.import_module("torch._dynamo")
         self.connection, self.device, self.settings = connection, device, settings
         self.meter = MemoryMeter(device)
         self.model, self.make = candidates.build(name, settings, device)

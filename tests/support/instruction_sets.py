@@ -9,6 +9,13 @@ import pytest
 from lf_dense.backends import native
 from support import ROOT
 
+VARIABLE = "LF_DENSE_INSTRUCTION_SET"
+
+
+def is_another():
+    """Whether this process was asked to use one."""
+    return VARIABLE in os.environ
+
 
 def environment_of(name):
     """In which processes use it; skips where this processor or build has it not, or uses it anyway."""
@@ -17,7 +24,7 @@ def environment_of(name):
         pytest.skip(f"this processor or build has no {name}")
     if name == build["instruction_set"]:
         pytest.skip(f"every other test runs {name} here")
-    return {**os.environ, "LF_DENSE_INSTRUCTION_SET": name, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, VARIABLE: name, "OMP_NUM_THREADS": "1"}
 
 
 def assert_tests_pass(file, chosen, environment):
