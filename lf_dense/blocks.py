@@ -214,11 +214,10 @@ class Stage(nn.Module):
         attention: Any = blocks[0].attn
         self.head_dims: int = attention.head_dims
 
-    def forward(self, x: Tensor, contiguous: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, outs: list[Tensor] | None = None) -> Tensor:
         """From the map of the stage before to this one's, channels-last.
 
-        Returns:
-            The map, and the same once more, ``contiguous`` if asked for.
+        ``outs`` takes a contiguous copy, which costs less here than afterwards.
         """
         x, hw_shape = self.patch_embed(x)
         table = RotaryTable(hw_shape, self.head_dims, x.device)
@@ -228,11 +227,15 @@ class Stage(nn.Module):
             else:
                 x = block(x, hw_shape, table)
         if can_fuse(x, self.norm, nn.LayerNorm):
-            tokens, copy = native.norm_to_map(x.contiguous().unflatten(1, hw_shape), self.norm, contiguous)
+            lines = x.contiguous().unflatten(1, hw_shape)
+            tokens, copy = native.norm_to_map(lines, self.norm, with_map=outs is not None)
             x = tokens.permute(0, 3, 1, 2)
-            return x, copy if contiguous else x
-        x = tokens_to_map(self.norm(x), hw_shape)
-        return x, x.contiguous() if contiguous else x
+        else:
+            x = tokens_to_map(self.norm(x), hw_shape)
+            copy = x.contiguous() if outs is not None else x
+        if outs is not None:
+            outs.append(copy)
+        return x
 
 
 def init_weights(model: nn.Module) -> None:

@@ -213,12 +213,12 @@ class LaplacianFormer(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         self._check_input(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        outs = []
+        outs: list[Tensor] = []
         for index, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
             returned = index in self.out_indices
-            x, out = stage(x, contiguous=returned and not self.out_channels_last)
-            if returned:
-                outs.append(out)
+            x = stage(x, outs if returned and not self.out_channels_last else None)
+            if returned and self.out_channels_last:
+                outs.append(x)
         return tuple(outs)
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:

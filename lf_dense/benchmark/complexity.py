@@ -17,7 +17,13 @@ from .report import markdown_head, markdown_row
 # Of the papers' classifier, which their counts include.
 NUM_CLASSES = 1000
 
-_CONVOLUTIONS_AND_LINEAR = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
+# A small patch embedding is a product with its patches.
+_CONVOLUTIONS_AND_LINEAR = (
+    torch.ops.aten.convolution,
+    torch.ops.aten.addmm,
+    torch.ops.aten.mm,
+    torch.ops.aten.baddbmm,
+)
 
 
 class Complexity(NamedTuple):

@@ -305,7 +305,14 @@ constexpr int64_t kMultiplied = 64;
 // Register tiles: as many accumulators as leave room for the operands.
 constexpr int kRegisters = LF_VECTOR_BYTES == 64 ? 32 : 16;
 constexpr int kKernelWidth = 2;
-constexpr int kKernelRows = kRegisters == 32 ? 12 : 5;
+#if defined(__FMA__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+// With 16 registers the multiplier below leaves room for fewer rows.
+constexpr int kKernelRows = kRegisters == 32 ? 12 : kFused ? 3 : 5;
+constexpr int kSignRows = kRegisters == 32 ? 12 : 5;
 constexpr int kProductRows = kRegisters == 32 ? 6 : 3;
 constexpr int kPairVectors = kRegisters == 32 ? 4 : 2;
 
@@ -331,16 +338,15 @@ class Prefetcher {
 };
 
 // x * 1 - y is x - y to the bit, but where multipliers are ports of their own it runs beside the additions
-// rather than before them (7 % of the tile on Zen 4). The compiler must not see that it is a 1; with 16
-// registers there is none to spare for it.
+// rather than before them (7 % of the tile on Zen 4, 17 % on Zen 3). The compiler must not see that it is
+// a 1.
 template <typename T>
 inline vec<T> difference(vec<T> x, T y, vec<T> one) {
-#if LF_VECTOR_BYTES == 64
-  return x * one - y;
-#else
-  (void)one;
-  return x - y;
-#endif
+  if constexpr (kFused) {
+    return x * one - y;
+  } else {
+    return x - y;
+  }
 }
 
 template <typename T, int J>
@@ -817,16 +823,19 @@ inline void sign_rows(const T* x, const T* y, const T* w, int64_t rows, int64_t 
 
 template <typename T>
 void sign_tile(const T* x, const T* y, const T* w, int64_t rows, int64_t m, int64_t cols, T* dx, T* dy) {
-  in_groups<kKernelRows>(m, [&](int64_t first, int64_t size) {
-    with_constant<kKernelRows>(size, [&]<int J>(Constant<J>) {
+  in_groups<kSignRows>(m, [&](int64_t first, int64_t size) {
+    with_constant<kSignRows>(size, [&]<int J>(Constant<J>) {
       sign_rows<T, J>(x, y + first * cols, w + first * kTile, rows, cols, dx, dy + first * cols);
     });
   });
 }
 
+// As many chains as the registers hold.
+constexpr int kFloorSums = 2 * kSignRows;
+
 template <typename T>
 T floor_loop(int64_t steps) {
-  constexpr int count = kKernelRows * kKernelWidth;
+  constexpr int count = kFloorSums;
   vec<T> sum[count] = {};
   vec<T> here = vec<T>{} + static_cast<T>(0.5);
   for (int64_t s = 0; s < steps; ++s) {
@@ -860,7 +869,7 @@ constexpr Kernels<T> table() {
           affine<T>,
           sign_tile<T>,
           floor_loop<T>,
-          kKernelRows * kKernelWidth * Vector<T>::lanes};
+          kFloorSums * Vector<T>::lanes};
 }
 
 bool supported() {

@@ -39,9 +39,9 @@ def calls(monkeypatch):
     made = []
 
     def note(name, call):
-        def noted(*args):
+        def noted(*args, **options):
             made.append(name)
-            return call(*args)
+            return call(*args, **options)
 
         monkeypatch.setattr(native, name, noted)
 
