@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import LaplacianAttention, RotaryTable, map_to_tokens, tokens_to_map
 from .backends import export_form, native
-from .fusing import asks_gradient, can_be_nodes, can_fuse, is_plain
+from .fusing import can_be_nodes, can_fuse, can_rewrite
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout, nn.LayerNorm)
 
@@ -74,9 +74,8 @@ class PatchEmbed(nn.Module):
         On a CPU torch lays out a convolution's weights anew in every call, which at few tokens takes longer
         than the arithmetic.
         """
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or asks_gradient(x, self):
-            return False
-        return x.shape[0] * hw_shape[0] * hw_shape[1] <= SMALL_MAP and is_plain(self, PatchEmbed, *LAYERS)
+        few = x.device.type == "cpu" and x.shape[0] * hw_shape[0] * hw_shape[1] <= SMALL_MAP
+        return few and can_rewrite(x, self, PatchEmbed, *LAYERS)
 
 
 class ConvFFN(nn.Module):
@@ -97,9 +96,9 @@ class ConvFFN(nn.Module):
         """
         if export_form():
             return self.in_groups(x, hw_shape)
-        if torch.compiler.is_compiling() or asks_gradient(x, self) or not is_plain(self, ConvFFN, *LAYERS):
-            return self.whole(x, hw_shape)
-        return self.in_strips(x, hw_shape)
+        if can_rewrite(x, self, ConvFFN, *LAYERS):
+            return self.in_strips(x, hw_shape)
+        return self.whole(x, hw_shape)
 
     def whole(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The layers, one after the other."""

@@ -37,6 +37,11 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     return True
 
 
+def can_rewrite(x: Tensor, module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a plain module of these kinds, eager and without gradients, may compute the same otherwise."""
+    return not (torch.compiler.is_compiling() or asks_gradient(x, module)) and is_plain(module, *kinds)
+
+
 def can_fuse(x: Tensor, module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether the native operators serve a plain module of these kinds on this tensor."""
     return (

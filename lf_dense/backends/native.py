@@ -414,8 +414,8 @@ def _project_flops(x: tuple[int, ...], *layers: object, **unused: object) -> int
     return 2 * 3 * math.prod(x) * x[-1]
 
 
-def _pool_flops(x: tuple[int, ...], rows: int, columns: int, **unused: object) -> int:
-    """None: torch counts products alone."""
+def _no_flops(x: tuple[int, ...], *rest: object, **unused: object) -> int:
+    """Of what multiplies nothing: torch counts products alone."""
     return 0
 
 
@@ -443,11 +443,6 @@ def _block_flops(x: tuple[int, ...], *arguments: Any, **unused: object) -> int:
     macs = laplacian_attention_macs(heads, height * width, landmarks, channels // heads, iters)
     ffn = _conv_ffn_flops(x, None, None, None, arguments[25])
     return _project_flops(x) + 2 * x[0] * macs + _merge_flops(x) + ffn
-
-
-def _norm_flops(x: tuple[int, ...], *layers: object, **unused: object) -> int:
-    """None, as above."""
-    return 0
 
 
 def _attention_backward_fake(
@@ -545,11 +540,11 @@ def register(library: str) -> torch.library.Library:
     register_flop_formula(operators.laplacian_attention)(_attention_flops)
     for name, fake, flops in (
         ("project_heads", _project_fake, _project_flops),
-        ("pool_tokens", _pool_fake, _pool_flops),
+        ("pool_tokens", _pool_fake, _no_flops),
         ("merge_heads", _like_first_fake, _merge_flops),
         ("conv_ffn", _like_first_fake, _conv_ffn_flops),
         ("attention_block", _like_first_fake, _block_flops),
-        ("norm_to_map", _map_fake, _norm_flops),
+        ("norm_to_map", _map_fake, _no_flops),
     ):
         torch.library.register_fake(f"{library}::{name}", fake)
         torch.library.register_autograd(f"{library}::{name}", _no_gradient)

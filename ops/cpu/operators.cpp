@@ -115,6 +115,18 @@ Linear<T, W> layer(const Tensor& weight, const Tensor& bias) {
   return {data<W>(weight), data<T>(bias)};
 }
 
+// Calls `run` with a T and an X (see layers.h).
+template <typename Run>
+void with_token_types(const Tensor& x, Run run) {
+  if (x.scalar_type() == ScalarType::Double) {
+    run(double{}, double{});
+  } else if (x.scalar_type() == ScalarType::Float) {
+    run(float{}, float{});
+  } else {
+    run(float{}, BFloat16{});
+  }
+}
+
 // Calls `run` with a T, an X and a W (see layers.h).
 template <typename Run>
 void with_layer_types(const Tensor& x, const Tensor& weight, Run run) {
@@ -173,13 +185,8 @@ Tensor pool_tokens(const Tensor& x, int64_t rows, int64_t columns) {
   rows = std::min(rows, shape.height);
   columns = std::min(columns, shape.width);
   Tensor out = empty({shape.batch, rows * columns, shape.channels}, type, x);
-  if (type == ScalarType::Double) {
-    pooled<double>(shape, data<double>(x), rows, columns, data<double>(out));
-  } else if (type == ScalarType::Float) {
-    pooled<float>(shape, data<float>(x), rows, columns, data<float>(out));
-  } else {
-    pooled<float>(shape, data<BFloat16>(x), rows, columns, data<BFloat16>(out));
-  }
+  with_token_types(
+      x, [&]<typename T, typename X>(T, X) { pooled<T>(shape, data<X>(x), rows, columns, data<X>(out)); });
   return out;
 }
 
@@ -277,20 +284,13 @@ std::tuple<Tensor, Tensor> norm_to_map(const Tensor& x, const Tensor& norm_weigh
   check_layer(norm_weight, norm_bias, wide, wide, shape.channels, 1);
   Tensor tokens = torch::stable::empty_like(x),
          map = empty({with_map ? shape.batch : 0, shape.channels, shape.height, shape.width}, type, x);
-  const auto run = [&]<typename T, typename X>(T, X) {
+  STD_TORCH_CHECK(type == wide || shape.channels % 2 == 0,
+                  "lf_dense: bfloat16 tokens take an even number of channels, and here are ", shape.channels,
+                  ".");
+  with_token_types(x, [&]<typename T, typename X>(T, X) {
     map_of_tokens<T, X>(shape, data<X>(x), {data<T>(norm_weight), data<T>(norm_bias), static_cast<T>(eps)},
                         data<X>(tokens), with_map ? data<X>(map) : nullptr);
-  };
-  if (type == ScalarType::Double) {
-    run(double{}, double{});
-  } else if (type == ScalarType::Float) {
-    run(float{}, float{});
-  } else {
-    STD_TORCH_CHECK(shape.channels % 2 == 0,
-                    "lf_dense: bfloat16 tokens take an even number of channels, and here are ",
-                    shape.channels, ".");
-    run(float{}, BFloat16{});
-  }
+  });
   return {tokens, map};
 }
 
