@@ -74,8 +74,12 @@ class PatchEmbed(nn.Module):
         On a CPU torch lays out a convolution's weights anew in every call, which at few tokens takes longer
         than the arithmetic.
         """
-        few = x.device.type == "cpu" and x.shape[0] * hw_shape[0] * hw_shape[1] <= SMALL_MAP
-        return few and can_rewrite(x, self, PatchEmbed, *LAYERS)
+        # The sizes last: a graph that is being exported for any size must not be asked.
+        return (
+            x.device.type == "cpu"
+            and can_rewrite(x, self, PatchEmbed, *LAYERS)
+            and x.shape[0] * hw_shape[0] * hw_shape[1] <= SMALL_MAP
+        )
 
 
 class ConvFFN(nn.Module):
