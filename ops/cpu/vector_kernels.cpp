@@ -74,7 +74,7 @@ inline vec<T> absolute(vec<T> v) {
 template <typename T>
 inline vec<T> signed_by(vec<T> v, T w) {
   using bits = typename Vector<T>::bits;
-  const vec<T> wide = vec<T>{} + w;
+  const vec<T> wide = w - vec<T>{};  // w alone: the compiler would have to add a positive zero, for -0
   const bits nonzero = v != vec<T>{};
   return (vec<T>)((((bits)v & Vector<T>::sign_bit) ^ (bits)wide) & nonzero);
 }
@@ -240,21 +240,62 @@ void unpack(const T* src, int64_t rows, int64_t channels, int64_t cols, void* ds
   }
 }
 
-// Interleaves pairs of rows that are `step` apart: after steps 1, 2, 4 .. a square block is transposed.
-template <typename T, int64_t step>
-inline void transpose_step(vec<T>* rows) {
-  using bits = typename Vector<T>::bits;
-  constexpr int64_t lanes = Vector<T>::lanes;
-  bits low, high;
+// Of every 128 bits the lower or the upper half: an element of a, one of b, and so on.
+template <typename T, bool upper>
+inline vec<T> interleaved(vec<T> a, vec<T> b) {
+  constexpr int64_t lanes = Vector<T>::lanes, quad = 16 / sizeof(T);
+  typename Vector<T>::bits index;
+  for (int64_t l = 0; l < lanes; ++l)
+    index[l] = l / quad * quad + l % quad / 2 + (upper ? quad / 2 : 0) + l % 2 * lanes;
+  return __builtin_shuffle(a, b, index);
+}
+
+// The even or the odd 128 bits of a, then those of b.
+template <typename T, bool odd>
+inline vec<T> every_other(vec<T> a, vec<T> b) {
+  constexpr int64_t lanes = Vector<T>::lanes, quad = 16 / sizeof(T);
+  typename Vector<T>::bits index;
   for (int64_t l = 0; l < lanes; ++l) {
-    low[l] = (l & step) ? l - step + lanes : l;
-    high[l] = (l & step) ? l + lanes : l + step;
+    const int64_t from = l / quad * 2 + odd;
+    index[l] = from * quad + l % quad;  // counts on through b
   }
-  for (int64_t r = 0; r < lanes; ++r) {
-    if (r & step) continue;
-    const vec<T> a = rows[r], b = rows[r + step];
-    rows[r] = __builtin_shuffle(a, b, low);
-    rows[r + step] = __builtin_shuffle(a, b, high);
+  return __builtin_shuffle(a, b, index);
+}
+
+// As many rows as lanes, in place: first inside of 128 bits, where processors shuffle at twice the rate, then
+// these as wholes.
+template <typename T>
+inline void transpose_block(vec<T>* rows) {
+  constexpr int64_t lanes = Vector<T>::lanes, quad = 16 / sizeof(T), quads = lanes / quad;
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < lanes; r += quad) {
+    vec<T>* v = rows + r;
+#pragma GCC unroll 2
+    for (int64_t step = 1; step < quad; step *= 2) {
+      vec<T> next[quad];
+#pragma GCC unroll 2
+      for (int64_t i = 0; i < quad / 2; ++i) {
+        next[2 * i] = interleaved<T, false>(v[i], v[i + quad / 2]);
+        next[2 * i + 1] = interleaved<T, true>(v[i], v[i + quad / 2]);
+      }
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < quad; ++i) v[i] = next[i];
+    }
+  }
+#pragma GCC unroll 4
+  for (int64_t c = 0; c < quad; ++c) {
+#pragma GCC unroll 2
+    for (int64_t step = 1; step < quads; step *= 2) {
+      vec<T> next[quads];
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < quads / 2; ++i) {
+        const vec<T> a = rows[2 * i * quad + c], b = rows[(2 * i + 1) * quad + c];
+        next[i] = every_other<T, false>(a, b);
+        next[i + quads / 2] = every_other<T, true>(a, b);
+      }
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < quads; ++i) rows[i * quad + c] = next[i];
+    }
   }
 }
 
@@ -279,10 +320,7 @@ void transpose(const T* src, int64_t src_stride, int64_t rows, int64_t cols, T* 
         for (int64_t l = 0; l < lanes; ++l)
           block[l] = l < rows_here ? load_unaligned(src + (r + l) * src_stride + c) : vec<T>{};
       }
-      transpose_step<T, 1>(block);
-      if constexpr (lanes > 2) transpose_step<T, 2>(block);
-      if constexpr (lanes > 4) transpose_step<T, 4>(block);
-      if constexpr (lanes > 8) transpose_step<T, 8>(block);
+      transpose_block<T>(block);
       if (rows_here == lanes && cols_here == lanes) {
 #pragma GCC unroll 16
         for (int64_t l = 0; l < lanes; ++l) store_unaligned(dst + (c + l) * dst_stride + r, block[l]);
