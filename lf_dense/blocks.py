@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import LaplacianAttention, RotaryTable, map_to_tokens, tokens_to_map
 from .backends import export_form, native
-from .fusing import can_be_nodes, can_fuse, can_rewrite
+from .fusing import can_be_nodes, can_fuse, can_rewrite, can_train
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout, nn.LayerNorm)
 
@@ -105,9 +105,13 @@ class ConvFFN(nn.Module):
         return self.whole(x, hw_shape)
 
     def whole(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """The layers, one after the other."""
-        x = map_to_tokens(self.dwconv(tokens_to_map(self.fc1(x), hw_shape)))
-        return self.drop(self.fc2(self.drop(self.act(x))))
+        """The layers, one after the other, or where a gradient follows two of them as one operator."""
+        x = self.fc1(x)
+        if can_train(x, self.dwconv, self.act):
+            x = native.conv_gelu(x.unflatten(1, hw_shape), self.dwconv).flatten(1, 2)
+        else:
+            x = self.act(map_to_tokens(self.dwconv(tokens_to_map(x, hw_shape))))
+        return self.drop(self.fc2(self.drop(x)))
 
     def in_groups(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The same to rounding, group by group of hidden channels: for graphs, whose maps have any size."""

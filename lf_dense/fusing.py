@@ -17,8 +17,8 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether calling the modules inside does what their weights say and no more.
 
     A module of another kind, a replaced, parametrized or pruned one, one that a hook watches, one whose
-    ``forward`` somebody replaced and one that drops something are not plain; nor is any while ``torch.jit``
-    traces, for tools that count the operations in its graph.
+    ``forward`` somebody replaced, one that drops something and a GELU by another formula are not plain; nor
+    is any while ``torch.jit`` traces, for tools that count the operations in its graph.
     """
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
@@ -32,6 +32,8 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         if "forward" in vars(part):
             return False
         if isinstance(part, nn.Dropout) and part.training and part.p > 0:
+            return False
+        if isinstance(part, nn.GELU) and part.approximate != "none":
             return False
         parts += part._modules.values()
     return True
@@ -49,6 +51,21 @@ def can_fuse(x: Tensor, module: nn.Module, *kinds: type[nn.Module]) -> bool:
         and is_plain(module, *kinds)
         and choose_backend(None, x.device) == "native"
         and native.layers_dtype(x) is not None
+    )
+
+
+def can_train(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether a native operator with a gradient serves these plain layers, in eager mode.
+
+    ``torch.compile`` has its own way with layers, and under autocast they multiply in another dtype.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and all(is_plain(module, nn.Conv2d, nn.GELU) for module in modules)
+        and choose_backend(None, x.device) == "native"
+        and all(w.dtype == x.dtype for module in modules for w in module.parameters())
+        and native.layers_dtype(x) in (torch.float32, torch.float64)
     )
 
 

@@ -35,6 +35,9 @@ LF_DEFINE(m) {
   m.def(
       "conv_ffn(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor "
       "fc1_bias, Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias) -> Tensor");
+  // GELU(conv(x)), with conv (C, 1, 3, 3), and its gradients.
+  m.def("conv_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("conv_gelu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)");
   // A whole block: the operators above around the attention, whose landmarks are pooled over the grid.
   m.def(
       "attention_block(Tensor x, Tensor norm1_weight, Tensor norm1_bias, float norm1_eps, Tensor q_weight, "

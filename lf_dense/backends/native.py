@@ -261,6 +261,15 @@ def conv_ffn(
     return getattr(torch.ops, library).conv_ffn(x, *_weights(norm, wide), norm.eps, *layers)
 
 
+def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``GELU(conv(x))`` of a map ``(B, H, W, C)`` of float32 or float64, with conv's dtype the same.
+
+    What it keeps for the gradient is ``x``: the backward pass convolves again, which takes less time than
+    reading what a layer would have kept.
+    """
+    return torch.ops.lf_dense.conv_gelu(x.contiguous(), *_weights(conv, x.dtype))
+
+
 def attention_block(
     x: Tensor,
     norm1: nn.LayerNorm,
@@ -445,6 +454,19 @@ def _block_flops(x: tuple[int, ...], *arguments: Any, **unused: object) -> int:
     return _project_flops(x) + 2 * x[0] * macs + _merge_flops(x) + ffn
 
 
+def _conv_gelu_flops(x: tuple[int, ...], *layers: object, **unused: object) -> int:
+    return 2 * 9 * math.prod(x)
+
+
+def _conv_gelu_backward_flops(grad: tuple[int, ...], *rest: object, **unused: object) -> int:
+    """As of the two convolutions of a layer's gradient: that which it does again is its own affair."""
+    return 2 * _conv_gelu_flops(grad)
+
+
+def _conv_gelu_backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_like_first_fake(x) for x in inputs)
+
+
 def _attention_backward_fake(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor, *rest: object
 ) -> tuple[Tensor, ...]:
@@ -478,6 +500,14 @@ def _attention_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> Non
 def _attention_gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     grads = _operators().laplacian_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.tau)
     return *grads, None, None, None, None
+
+
+def _conv_gelu_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _conv_gelu_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.ops.lf_dense.conv_gelu_backward(grad.contiguous(), *ctx.saved_tensors)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -531,9 +561,16 @@ def register(library: str) -> torch.library.Library:
         )
         for key in ("AutocastCPU", "AutocastCUDA"):
             autocast_rules.impl(name, rule, key)
+    torch.library.register_fake(f"{library}::conv_gelu", _like_first_fake)
+    torch.library.register_autograd(
+        f"{library}::conv_gelu", _conv_gelu_gradient, setup_context=_conv_gelu_setup
+    )
+    register_flop_formula(operators.conv_gelu)(_conv_gelu_flops)
+    register_flop_formula(operators.conv_gelu_backward)(_conv_gelu_backward_flops)
     for name, fake in (
         ("laplacian_kernel_backward", _kernel_backward_fake),
         ("laplacian_attention_backward", _attention_backward_fake),
+        ("conv_gelu_backward", _conv_gelu_backward_fake),
     ):
         torch.library.register_fake(f"{library}::{name}", fake)
         torch.library.register_autograd(f"{library}::{name}", _no_second_derivative)

@@ -68,6 +68,13 @@ template <typename T, typename X = T, typename W = T>
 void feed_forward(const Tokens& shape, const X* x, const LayerNorm<T>& norm, int64_t hidden,
                   const Linear<T, W>& fc1, const Linear<T>& conv, const Linear<T, W>& fc2, X* out);
 
+// GELU(conv(x)) of a map, for training, and the gradients; a weight's are in its own order.
+template <typename T>
+void conv_gelu_of(const Tokens& shape, const T* x, const Linear<T>& conv, T* out);
+template <typename T>
+void conv_gelu_gradients(const Tokens& shape, const T* grad, const T* x, const Linear<T>& conv, T* dx,
+                         T* dweight, T* dbias);
+
 // norm(x): as tokens, and as a map (batch, channels, height, width) unless that is null.
 template <typename T, typename X = T>
 void map_of_tokens(const Tokens& shape, const X* x, const LayerNorm<T>& norm, X* tokens, X* map);

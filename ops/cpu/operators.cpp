@@ -232,6 +232,37 @@ Tensor conv_ffn(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_b
   return out;
 }
 
+void check_conv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const ScalarType type = compute_type(x);
+  STD_TORCH_CHECK(x.scalar_type() == type, "lf_dense: conv_gelu takes float32 or float64 maps.");
+  check_tokens(x, 4, type);
+  check_layer(weight, bias, type, type, x.size(3), 9);
+}
+
+Tensor conv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  check_conv_gelu(x, weight, bias);
+  const Tokens shape{x.size(0), x.size(1), x.size(2), x.size(3)};
+  Tensor out = torch::stable::empty_like(x);
+  with_compute_type(
+      x, [&]<typename T>(T) { conv_gelu_of<T>(shape, data<T>(x), layer<T>(weight, bias), data<T>(out)); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_gelu_backward(const Tensor& grad, const Tensor& x,
+                                                      const Tensor& weight, const Tensor& bias) {
+  check_conv_gelu(x, weight, bias);
+  check_same(grad, x, 0, 4, "the gradient and the map");
+  check_tokens(grad, 4, x.scalar_type());
+  const Tokens shape{x.size(0), x.size(1), x.size(2), x.size(3)};
+  Tensor dx = torch::stable::empty_like(x), dweight = torch::stable::empty_like(weight),
+         dbias = torch::stable::empty_like(bias);
+  with_compute_type(x, [&]<typename T>(T) {
+    conv_gelu_gradients<T>(shape, data<T>(grad), data<T>(x), layer<T>(weight, bias), data<T>(dx),
+                           data<T>(dweight), data<T>(dbias));
+  });
+  return {dx, dweight, dbias};
+}
+
 // Tokens (batch, .., heads * channels), contiguous, as heads.
 View heads_view(const Tensor& tokens, int64_t heads) {
   const int64_t channels = tokens.size(-1);
@@ -303,6 +334,8 @@ LF_IMPLEMENT(CPU, m) {
   m.impl("pool_tokens", TORCH_BOX(&lf::pool_tokens));
   m.impl("merge_heads", TORCH_BOX(&lf::merge_heads));
   m.impl("conv_ffn", TORCH_BOX(&lf::conv_ffn));
+  m.impl("conv_gelu", TORCH_BOX(&lf::conv_gelu));
+  m.impl("conv_gelu_backward", TORCH_BOX(&lf::conv_gelu_backward));
   m.impl("attention_block", TORCH_BOX(&lf::attention_block));
   m.impl("norm_to_map", TORCH_BOX(&lf::norm_to_map));
   m.impl("laplacian_attention", TORCH_BOX(&lf::laplacian_attention));

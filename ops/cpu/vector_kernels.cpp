@@ -564,12 +564,9 @@ constexpr NormalDistribution<3> kRoughNormal = {
     {1.1542078104e-03f, 2.3914156919e-02f, 2.3596743347e-01f},
 };
 
-// x Phi(x). Further left than the fit it is 0, which is right to 6e-8, or to 1e-5 by the rough one.
+// (Phi(z) - 1/2) / z within the fit's limits.
 template <int degree>
-inline vec<float> gelu(vec<float> x, const NormalDistribution<degree>& normal) {
-  const float limit = normal.limit;
-  vec<float> z = x > limit ? vec<float>{} + limit : x;
-  z = z < -limit ? vec<float>{} - limit : z;
+inline vec<float> half_of_normal(vec<float> z, const NormalDistribution<degree>& normal) {
   const vec<float> u = z * z;
   vec<float> p = u * normal.p[0] + normal.p[1], q = u * normal.q[0] + normal.q[1];
 #pragma GCC unroll 8
@@ -577,7 +574,16 @@ inline vec<float> gelu(vec<float> x, const NormalDistribution<degree>& normal) {
     p = p * u + normal.p[i];
     q = q * u + (i < degree ? normal.q[i] : 1.0f);
   }
-  const vec<float> result = x * (z * quotient(p, q) + 0.5f);
+  return quotient(p, q);
+}
+
+// x Phi(x). Further left than the fit it is 0, which is right to 6e-8, or to 1e-5 by the rough one.
+template <int degree>
+inline vec<float> gelu(vec<float> x, const NormalDistribution<degree>& normal) {
+  const float limit = normal.limit;
+  vec<float> z = x > limit ? vec<float>{} + limit : x;
+  z = z < -limit ? vec<float>{} - limit : z;
+  const vec<float> result = x * (z * half_of_normal(z, normal) + 0.5f);
   return x < -limit ? vec<float>{} : result;
 }
 
@@ -586,6 +592,23 @@ inline vec<float> gelu(vec<float> x) { return gelu(x, kNormal); }
 inline vec<double> gelu(vec<double> x) {
   for (int lane = 0; lane < Vector<double>::lanes; ++lane)
     x[lane] *= 0.5 * __builtin_erfc(-x[lane] * 0.70710678118654752440);
+  return x;
+}
+
+// Phi(x) + x phi(x).
+inline vec<float> gelu_slope(vec<float> x) {
+  constexpr float limit = kNormal.limit;
+  vec<float> z = x > limit ? vec<float>{} + limit : x;
+  z = z < -limit ? vec<float>{} - limit : z;
+  const vec<float> density = exponential(x * x * -0.5f) * 0.39894228040143267794f;
+  return x * density + (z * half_of_normal(z, kNormal) + 0.5f);
+}
+
+inline vec<double> gelu_slope(vec<double> x) {
+  for (int lane = 0; lane < Vector<double>::lanes; ++lane) {
+    x[lane] = 0.5 * __builtin_erfc(-x[lane] * 0.70710678118654752440) +
+              x[lane] * __builtin_exp(-0.5 * x[lane] * x[lane]) * 0.39894228040143267794;
+  }
   return x;
 }
 
@@ -623,6 +646,149 @@ void convolve_gelu(const T* x, int64_t stride, int64_t width, const T* left, con
     convolve(x + c * stride, width, left, right, weight + c * 9, bias[c], tokens,
              [&](int64_t i, vec<T> sum) { store(out + i, gelu(sum)); });
   }
+}
+
+// Some lanes of memory that need not be aligned; all of them where `full`, and zeros beyond `count`
+// elsewhere.
+template <typename T, bool full>
+struct Lanes {
+  int64_t count;
+  vec<T> load(const T* p) const {
+    if constexpr (full) {
+      return load_unaligned(p);
+    } else {
+      vec<T> v = {};
+      __builtin_memcpy(&v, p, count * sizeof(T));
+      return v;
+    }
+  }
+  void store(T* p, vec<T> v) const {
+    if constexpr (full) {
+      store_unaligned(p, v);
+    } else {
+      __builtin_memcpy(p, &v, count * sizeof(T));
+    }
+  }
+};
+
+// Pixels that share what they load.
+constexpr int kPixels = 4;
+constexpr int64_t kPixelsAhead = 8;
+
+// Pixels lie too far apart for the processor to foresee them. Beyond a row's end this is of no use and does
+// no harm.
+template <typename T>
+inline void prefetch_pixel(const T* channel, int64_t stride) {
+  __builtin_prefetch(channel + kPixelsAhead * stride);
+}
+
+template <typename T, int P>
+struct Neighbours {
+  const T* at[3][P + 2];
+
+  Neighbours(const T* const* rows, int64_t stride, int64_t width, int64_t first) {
+    alignas(64) static constexpr T outside[kChannels] = {};
+    for (int row = 0; row < 3; ++row) {
+      for (int i = 0; i < P + 2; ++i) {
+        const int64_t column = first + i - 1;
+        at[row][i] = rows[row] && column >= 0 && column < width ? rows[row] + column * stride : outside;
+      }
+    }
+  }
+};
+
+// The convolution of a row of pixels: calls `emit(neighbours, first pixel, first channel, lanes, sums)`.
+template <typename T, typename Emit>
+inline void along_row(const T* const* rows, int64_t stride, int64_t width, const T* weight, const T* bias,
+                      int64_t channels, Emit emit) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  in_groups<kPixels>(width, [&](int64_t first, int64_t pixels) {
+    with_constant<kPixels>(pixels, [&]<int P>(Constant<P>) {
+      const Neighbours<T, P> near(rows, stride, width, first);
+      const auto convolved = [&]<bool full>(int64_t c, Lanes<T, full> part) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) prefetch_pixel(near.at[2][p + 1] + c, stride);  // the others were there
+        vec<T> sum[P];
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) sum[p] = bias ? load(bias + c) : vec<T>{};
+#pragma GCC unroll 3
+        for (int row = 0; row < 3; ++row) {
+          vec<T> w[3];
+#pragma GCC unroll 3
+          for (int tap = 0; tap < 3; ++tap) w[tap] = load(weight + (row * 3 + tap) * kChannels + c);
+#pragma GCC unroll 6
+          for (int i = 0; i < P + 2; ++i) {
+            const vec<T> here = part.load(near.at[row][i] + c);
+#pragma GCC unroll 3
+            for (int tap = 0; tap < 3; ++tap) {
+              if (i - tap >= 0 && i - tap < P) sum[i - tap] += w[tap] * here;
+            }
+          }
+        }
+        emit(near, first, c, part, sum);
+      };
+      int64_t c = 0;
+      for (; c + lanes <= channels; c += lanes) convolved(c, Lanes<T, true>{lanes});
+      if (c < channels) convolved(c, Lanes<T, false>{channels - c});
+    });
+  });
+}
+
+template <typename T>
+void conv_gelu_row(const T* const* rows, int64_t stride, int64_t width, const T* weight, const T* bias,
+                   int64_t channels, T* out, int64_t out_stride) {
+  along_row(rows, stride, width, weight, bias, channels,
+            [&]<int P, bool full>(const Neighbours<T, P>&, int64_t first, int64_t c, Lanes<T, full> part,
+                                  vec<T>(&sum)[P]) {
+              for (int p = 0; p < P; ++p) {
+                T* to = out + (first + p) * out_stride + c;
+                prefetch_pixel(to, out_stride);
+                part.store(to, gelu(sum[p]));
+              }
+            });
+}
+
+template <typename T>
+void conv_gelu_gradient_row(const T* const* rows, int64_t stride, int64_t width, const T* weight,
+                            const T* bias, int64_t channels, const T* grad, T* dz, int64_t dz_stride,
+                            T* sums) {
+  along_row(rows, stride, width, weight, bias, channels,
+            [&]<int P, bool full>(const Neighbours<T, P>& near, int64_t first, int64_t c, Lanes<T, full> part,
+                                  vec<T>(&sum)[P]) {
+              vec<T> all = {};
+#pragma GCC unroll 4
+              for (int p = 0; p < P; ++p) {
+                sum[p] = gelu_slope(sum[p]) * part.load(grad + (first + p) * stride + c);
+                prefetch_pixel(grad + (first + p) * stride + c, stride);
+                part.store(dz + (first + p) * dz_stride + c, sum[p]);
+                all += sum[p];
+              }
+              if (!sums) return;
+#pragma GCC unroll 9
+              for (int tap = 0; tap < 9; ++tap) {
+                T* to = sums + tap * kChannels + c;
+                vec<T> total = load(to);
+#pragma GCC unroll 4
+                for (int p = 0; p < P; ++p) total += part.load(near.at[tap / 3][p + tap % 3] + c) * sum[p];
+                store(to, total);
+              }
+              T* to = sums + 9 * kChannels + c;
+              store(to, load(to) + all);
+            });
+}
+
+template <typename T>
+void conv_row(const T* const* rows, int64_t stride, int64_t width, const T* weight, int64_t channels, T* out,
+              int64_t out_stride) {
+  along_row(rows, stride, width, weight, static_cast<const T*>(nullptr), channels,
+            [&]<int P, bool full>(const Neighbours<T, P>&, int64_t first, int64_t c, Lanes<T, full> part,
+                                  vec<T>(&sum)[P]) {
+              for (int p = 0; p < P; ++p) {
+                T* to = out + (first + p) * out_stride + c;
+                prefetch_pixel(to, out_stride);
+                part.store(to, sum[p]);
+              }
+            });
 }
 
 // 1 / sqrt(x).
@@ -899,6 +1065,9 @@ constexpr Kernels<T> table() {
           product<T>,
           linear<T>,
           convolve_gelu<T>,
+          conv_gelu_row<T>,
+          conv_gelu_gradient_row<T>,
+          conv_row<T>,
           normalize<T>,
           convolve_add<T, T>,
           add<T, T>,

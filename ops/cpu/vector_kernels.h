@@ -15,6 +15,9 @@ namespace lf {
 constexpr int64_t kTile = 32;
 constexpr int64_t kAlign = 16;
 
+// Of a row's convolution at once.
+constexpr int64_t kChannels = 128;
+
 constexpr int64_t padded(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
 // Memory that the steps after this one will read or write: `rows` runs of `bytes`, `stride` bytes apart.
@@ -61,6 +64,20 @@ struct Kernels {
   void (*convolve_gelu)(const T* x, int64_t stride, int64_t width, const T* left, const T* right,
                         const T* weight, const T* bias, int64_t channels, int64_t tokens, T* out,
                         int64_t out_stride);
+  // The next three go along one row of a map whose pixels are `stride` apart: a depthwise 3 x 3 convolution
+  // of at most kChannels channels, weight[9][kChannels]. rows: that above, the row, that below; null outside
+  // of the map. weight, bias and sums are aligned and padded, nothing else is. out = GELU(bias +
+  // convolution).
+  void (*conv_gelu_row)(const T* const* rows, int64_t stride, int64_t width, const T* weight, const T* bias,
+                        int64_t channels, T* out, int64_t out_stride);
+  // dz = grad GELU'(bias + convolution), and to sums[10][kChannels] unless null those of the weights and of
+  // the bias are added. grad's pixels are `stride` apart too.
+  void (*conv_gelu_gradient_row)(const T* const* rows, int64_t stride, int64_t width, const T* weight,
+                                 const T* bias, int64_t channels, const T* grad, T* dz, int64_t dz_stride,
+                                 T* sums);
+  // out = convolution.
+  void (*conv_row)(const T* const* rows, int64_t stride, int64_t width, const T* weight, int64_t channels,
+                   T* out, int64_t out_stride);
   // Layer normalisation of tokens over their channels, in a panel (channels, stride). tokens a multiple of
   // kAlign.
   void (*normalize)(T* panel, int64_t stride, int64_t channels, int64_t tokens, const T* weight,
