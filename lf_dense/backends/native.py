@@ -264,8 +264,7 @@ def conv_ffn(
 def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """``GELU(conv(x))`` of a map ``(B, H, W, C)`` of float32 or float64, with conv's dtype the same.
 
-    What it keeps for the gradient is ``x``: the backward pass convolves again, which takes less time than
-    reading what a layer would have kept.
+    What it keeps for the gradient is ``x``: the backward pass convolves again.
     """
     return torch.ops.lf_dense.conv_gelu(x.contiguous(), *_weights(conv, x.dtype))
 
