@@ -28,14 +28,13 @@ OPS = ROOT / "ops"
 MIN_TORCH = (2, 11)
 ABI_TARGET = "0x020b000000000000"
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
-TORCH_SOURCES = ("schemas.cpp", "cpu/laplacian_kernel.cpp", "cpu/operators.cpp")
+TORCH_SOURCES = ("schemas.cpp", "cpu/laplacian_kernel.cpp", "cpu/conv_gelu.cpp", "cpu/operators.cpp")
 # These know nothing of torch.
 SHARED_SOURCES = (
     "cpu/newton_schulz_inverse.cpp",
     "cpu/laplacian_attention.cpp",
     "cpu/projections.cpp",
     "cpu/conv_ffn.cpp",
-    "cpu/conv_gelu.cpp",
     "cpu/instruction_set.cpp",
 )
 MIN_ONNXRUNTIME_API = 17  # of onnxruntime 1.17

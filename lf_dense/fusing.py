@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from .backends import choose_backend, export_form, native
 
 
+def native_dtype(x: Tensor) -> torch.dtype | None:
+    """In what the native operators multiply these tokens; None where they are not chosen or do not serve."""
+    return native.layers_dtype(x) if choose_backend(None, x.device) == "native" else None
+
+
 def asks_gradient(x: Tensor, module: nn.Module) -> bool:
     """Whether autograd will follow a module on this tensor."""
     return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in module.parameters()))
@@ -46,12 +51,7 @@ def can_rewrite(x: Tensor, module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def can_fuse(x: Tensor, module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether the native operators serve a plain module of these kinds on this tensor."""
-    return (
-        not asks_gradient(x, module)
-        and is_plain(module, *kinds)
-        and choose_backend(None, x.device) == "native"
-        and native.layers_dtype(x) is not None
-    )
+    return not asks_gradient(x, module) and is_plain(module, *kinds) and native_dtype(x) is not None
 
 
 def can_train(x: Tensor, *modules: nn.Module) -> bool:
@@ -60,12 +60,11 @@ def can_train(x: Tensor, *modules: nn.Module) -> bool:
     ``torch.compile`` has its own way with layers, and under autocast they multiply in another dtype.
     """
     return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and any(asks_gradient(x, module) for module in modules)
         and all(is_plain(module, nn.Conv2d, nn.GELU) for module in modules)
-        and choose_backend(None, x.device) == "native"
         and all(w.dtype == x.dtype for module in modules for w in module.parameters())
-        and native.layers_dtype(x) in (torch.float32, torch.float64)
+        and native_dtype(x) in (torch.float32, torch.float64)
     )
 
 
@@ -79,6 +78,5 @@ def can_pool(x: Tensor) -> bool:
     return (
         not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
-        and choose_backend(None, x.device) == "native"
-        and native.layers_dtype(x) is not None
+        and native_dtype(x) is not None
     )

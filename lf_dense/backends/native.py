@@ -552,6 +552,7 @@ def register(library: str) -> torch.library.Library:
         ("laplacian_kernel", _kernel_fake, _kernel_setup, _kernel_gradient),
         ("newton_schulz_inverse", _inverse_fake, _inverse_setup, _inverse_gradient),
         ("laplacian_attention", _attention_fake, _attention_setup, _attention_gradient),
+        ("conv_gelu", _like_first_fake, _conv_gelu_setup, _conv_gelu_gradient),
     ):
         torch.library.register_fake(f"{library}::{name}", fake)
         torch.library.register_autograd(f"{library}::{name}", gradient, setup_context=setup)
@@ -560,10 +561,6 @@ def register(library: str) -> torch.library.Library:
         )
         for key in ("AutocastCPU", "AutocastCUDA"):
             autocast_rules.impl(name, rule, key)
-    torch.library.register_fake(f"{library}::conv_gelu", _like_first_fake)
-    torch.library.register_autograd(
-        f"{library}::conv_gelu", _conv_gelu_gradient, setup_context=_conv_gelu_setup
-    )
     register_flop_formula(operators.conv_gelu)(_conv_gelu_flops)
     register_flop_formula(operators.conv_gelu_backward)(_conv_gelu_backward_flops)
     for name, fake in (

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 
 #include "layers.h"
 
@@ -9,26 +10,22 @@ namespace {
 // Rows of a part of the work. The backward pass computes one more on either side.
 constexpr int64_t kRows = 16;
 
-// The weights (9, kChannels) of each kChannels channels, and those of the convolution's transpose.
-template <typename T>
-struct Taps {
-  Scratch<T> weight, turned, bias;
+// Weights and biases of some channels, as vector_kernels.h takes them and sums their gradients.
+constexpr int64_t kTaps = 10 * kChannels;
 
-  Taps(const Linear<T>& conv, int64_t channels, int64_t blocks)
-      : weight(blocks * 9 * kChannels), turned(blocks * 9 * kChannels), bias(blocks * kChannels) {
-    weight.zeroed(blocks * 9 * kChannels);
-    turned.zeroed(blocks * 9 * kChannels);
-    bias.zeroed(blocks * kChannels);
-    std::copy_n(conv.bias, channels, bias.get());
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t place = c / kChannels * 9 * kChannels + c % kChannels;
-      for (int64_t tap = 0; tap < 9; ++tap) {
-        weight[place + tap * kChannels] = conv.weight[c * 9 + tap];
-        turned[place + (8 - tap) * kChannels] = conv.weight[c * 9 + tap];
-      }
-    }
+// Those of each kChannels channels, or without a bias those of the convolution's transpose.
+template <typename T>
+Scratch<T> taps_of(const Linear<T>& conv, int64_t channels, int64_t blocks, bool transposed) {
+  Scratch<T> taps(blocks * kTaps);
+  taps.zeroed(blocks * kTaps);
+  for (int64_t c = 0; c < channels; ++c) {
+    T* to = taps + c / kChannels * kTaps + c % kChannels;
+    for (int64_t tap = 0; tap < 9; ++tap)
+      to[(transposed ? 8 - tap : tap) * kChannels] = conv.weight[c * 9 + tap];
+    if (!transposed) to[9 * kChannels] = conv.bias[c];
   }
-};
+  return taps;
+}
 
 // Some rows and channels of one image, whatever the number of threads.
 struct Parts {
@@ -60,20 +57,25 @@ T* row_of(T* map, const Tokens& shape, const Parts::Part& part, int64_t row) {
   return map + (part.image * shape.height + row) * shape.width * shape.channels + part.first_channel;
 }
 
+// A row and its neighbours.
+template <typename T>
+std::array<const T*, 3> rows_of(const T* map, const Tokens& shape, const Parts::Part& part, int64_t row) {
+  return {row_of(map, shape, part, row - 1), row_of(map, shape, part, row),
+          row_of(map, shape, part, row + 1)};
+}
+
 }  // namespace
 
 template <typename T>
 void conv_gelu_of(const Tokens& shape, const T* x, const Linear<T>& conv, T* out) {
   const Kernels<T>& ops = kernels<T>();
   const Parts parts{shape};
-  const Taps<T> taps(conv, shape.channels, parts.blocks);
+  const Scratch<T> taps = taps_of(conv, shape.channels, parts.blocks, false);
   parallel(parts.count, [&](int64_t index) {
     const Parts::Part part = parts[index];
     for (int64_t y = part.first_row; y < part.end_row; ++y) {
-      const T* rows[3];
-      for (int64_t i = 0; i < 3; ++i) rows[i] = row_of(x, shape, part, y + i - 1);
-      ops.conv_gelu_row(rows, shape.channels, shape.width, taps.weight + part.block * 9 * kChannels,
-                        taps.bias + part.block * kChannels, part.channels, row_of(out, shape, part, y),
+      ops.conv_gelu_row(rows_of(x, shape, part, y).data(), shape.channels, shape.width,
+                        taps + part.block * kTaps, part.channels, row_of(out, shape, part, y),
                         shape.channels);
     }
   });
@@ -84,43 +86,38 @@ void conv_gelu_gradients(const Tokens& shape, const T* grad, const T* x, const L
                          T* dweight, T* dbias) {
   const Kernels<T>& ops = kernels<T>();
   const Parts parts{shape};
-  const Taps<T> taps(conv, shape.channels, parts.blocks);
-  constexpr int64_t sums_size = 10 * kChannels;
-  const Scratch<T> partials(parts.count * sums_size);
+  const Scratch<T> taps = taps_of(conv, shape.channels, parts.blocks, false);
+  const Scratch<T> transposed = taps_of(conv, shape.channels, parts.blocks, true);
+  const Scratch<T> partials(parts.count * kTaps);
   share_out(parts.count, [&](const auto& take) {
     // Of the gradient before the GELU three rows are enough.
     const int64_t ring_row = shape.width * kChannels;
     const Scratch<T> ring(3 * ring_row);
+    const auto slot = [&](int64_t y) -> T* {
+      return y < 0 || y >= shape.height ? nullptr : ring + y % 3 * ring_row;
+    };
     for (int64_t index = take(); index >= 0; index = take()) {
       const Parts::Part part = parts[index];
-      const T *weight = taps.weight + part.block * 9 * kChannels,
-              *turned = taps.turned + part.block * 9 * kChannels;
-      T* sums = partials + index * sums_size;
-      std::fill_n(sums, sums_size, T{0});
-      const auto slot = [&](int64_t y) -> T* {
-        return y < 0 || y >= shape.height ? nullptr : ring + y % 3 * ring_row;
-      };
+      T* sums = partials + index * kTaps;
+      std::fill_n(sums, kTaps, T{0});
       for (int64_t y = part.first_row - 1; y <= part.end_row; ++y) {
         if (slot(y)) {
-          const T* rows[3];
-          for (int64_t i = 0; i < 3; ++i) rows[i] = row_of(x, shape, part, y + i - 1);
           const bool own = y >= part.first_row && y < part.end_row;
-          ops.conv_gelu_gradient_row(rows, shape.channels, shape.width, weight,
-                                     taps.bias + part.block * kChannels, part.channels,
-                                     row_of(grad, shape, part, y), slot(y), kChannels, own ? sums : nullptr);
+          ops.conv_gelu_gradient_row(rows_of(x, shape, part, y).data(), shape.channels, shape.width,
+                                     taps + part.block * kTaps, part.channels, row_of(grad, shape, part, y),
+                                     slot(y), kChannels, own ? sums : nullptr);
         }
         const int64_t above = y - 1;
         if (above < part.first_row) continue;
         const T* rows[3] = {slot(above - 1), slot(above), slot(y)};
-        ops.conv_row(rows, kChannels, shape.width, turned, part.channels, row_of(dx, shape, part, above),
-                     shape.channels);
+        ops.conv_row(rows, kChannels, shape.width, transposed + part.block * kTaps, part.channels,
+                     row_of(dx, shape, part, above), shape.channels);
       }
     }
   });
   parallel(parts.blocks, [&](int64_t block) {
-    const Scratch<double> total(sums_size);
-    add_partials<T>(partials + block * sums_size, parts.count / parts.blocks, parts.blocks * sums_size,
-                    sums_size, total);
+    const Scratch<double> total(kTaps);
+    add_partials<T>(partials + block * kTaps, parts.count / parts.blocks, parts.blocks * kTaps, kTaps, total);
     const Parts::Part part = parts[block];
     for (int64_t c = 0; c < part.channels; ++c) {
       for (int64_t tap = 0; tap < 9; ++tap)

@@ -564,9 +564,12 @@ constexpr NormalDistribution<3> kRoughNormal = {
     {1.1542078104e-03f, 2.3914156919e-02f, 2.3596743347e-01f},
 };
 
-// (Phi(z) - 1/2) / z within the fit's limits.
+// Phi(x), and beyond the fit what it is at the end of it.
 template <int degree>
-inline vec<float> half_of_normal(vec<float> z, const NormalDistribution<degree>& normal) {
+inline vec<float> distribution(vec<float> x, const NormalDistribution<degree>& normal) {
+  const float limit = normal.limit;
+  vec<float> z = x > limit ? vec<float>{} + limit : x;
+  z = z < -limit ? vec<float>{} - limit : z;
   const vec<float> u = z * z;
   vec<float> p = u * normal.p[0] + normal.p[1], q = u * normal.q[0] + normal.q[1];
 #pragma GCC unroll 8
@@ -574,17 +577,14 @@ inline vec<float> half_of_normal(vec<float> z, const NormalDistribution<degree>&
     p = p * u + normal.p[i];
     q = q * u + (i < degree ? normal.q[i] : 1.0f);
   }
-  return quotient(p, q);
+  return z * quotient(p, q) + 0.5f;
 }
 
 // x Phi(x). Further left than the fit it is 0, which is right to 6e-8, or to 1e-5 by the rough one.
 template <int degree>
 inline vec<float> gelu(vec<float> x, const NormalDistribution<degree>& normal) {
-  const float limit = normal.limit;
-  vec<float> z = x > limit ? vec<float>{} + limit : x;
-  z = z < -limit ? vec<float>{} - limit : z;
-  const vec<float> result = x * (z * half_of_normal(z, normal) + 0.5f);
-  return x < -limit ? vec<float>{} : result;
+  const vec<float> result = x * distribution(x, normal);
+  return x < -normal.limit ? vec<float>{} : result;
 }
 
 inline vec<float> gelu(vec<float> x) { return gelu(x, kNormal); }
@@ -597,11 +597,8 @@ inline vec<double> gelu(vec<double> x) {
 
 // Phi(x) + x phi(x).
 inline vec<float> gelu_slope(vec<float> x) {
-  constexpr float limit = kNormal.limit;
-  vec<float> z = x > limit ? vec<float>{} + limit : x;
-  z = z < -limit ? vec<float>{} - limit : z;
   const vec<float> density = exponential(x * x * -0.5f) * 0.39894228040143267794f;
-  return x * density + (z * half_of_normal(z, kNormal) + 0.5f);
+  return x * density + distribution(x, kNormal);
 }
 
 inline vec<double> gelu_slope(vec<double> x) {
@@ -699,8 +696,8 @@ struct Neighbours {
 
 // The convolution of a row of pixels: calls `emit(neighbours, first pixel, first channel, lanes, sums)`.
 template <typename T, typename Emit>
-inline void along_row(const T* const* rows, int64_t stride, int64_t width, const T* weight, const T* bias,
-                      int64_t channels, Emit emit) {
+inline void along_row(const T* const* rows, int64_t stride, int64_t width, const T* taps, int64_t channels,
+                      Emit emit) {
   constexpr int64_t lanes = Vector<T>::lanes;
   in_groups<kPixels>(width, [&](int64_t first, int64_t pixels) {
     with_constant<kPixels>(pixels, [&]<int P>(Constant<P>) {
@@ -710,12 +707,12 @@ inline void along_row(const T* const* rows, int64_t stride, int64_t width, const
         for (int p = 0; p < P; ++p) prefetch_pixel(near.at[2][p + 1] + c, stride);  // the others were there
         vec<T> sum[P];
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) sum[p] = bias ? load(bias + c) : vec<T>{};
+        for (int p = 0; p < P; ++p) sum[p] = load(taps + 9 * kChannels + c);
 #pragma GCC unroll 3
         for (int row = 0; row < 3; ++row) {
           vec<T> w[3];
 #pragma GCC unroll 3
-          for (int tap = 0; tap < 3; ++tap) w[tap] = load(weight + (row * 3 + tap) * kChannels + c);
+          for (int tap = 0; tap < 3; ++tap) w[tap] = load(taps + (row * 3 + tap) * kChannels + c);
 #pragma GCC unroll 6
           for (int i = 0; i < P + 2; ++i) {
             const vec<T> here = part.load(near.at[row][i] + c);
@@ -734,25 +731,36 @@ inline void along_row(const T* const* rows, int64_t stride, int64_t width, const
   });
 }
 
-template <typename T>
-void conv_gelu_row(const T* const* rows, int64_t stride, int64_t width, const T* weight, const T* bias,
-                   int64_t channels, T* out, int64_t out_stride) {
-  along_row(rows, stride, width, weight, bias, channels,
+template <typename T, typename Map>
+inline void write_row(const T* const* rows, int64_t stride, int64_t width, const T* taps, int64_t channels,
+                      T* out, int64_t out_stride, Map map) {
+  along_row(rows, stride, width, taps, channels,
             [&]<int P, bool full>(const Neighbours<T, P>&, int64_t first, int64_t c, Lanes<T, full> part,
                                   vec<T>(&sum)[P]) {
               for (int p = 0; p < P; ++p) {
                 T* to = out + (first + p) * out_stride + c;
                 prefetch_pixel(to, out_stride);
-                part.store(to, gelu(sum[p]));
+                part.store(to, map(sum[p]));
               }
             });
 }
 
 template <typename T>
-void conv_gelu_gradient_row(const T* const* rows, int64_t stride, int64_t width, const T* weight,
-                            const T* bias, int64_t channels, const T* grad, T* dz, int64_t dz_stride,
-                            T* sums) {
-  along_row(rows, stride, width, weight, bias, channels,
+void conv_row(const T* const* rows, int64_t stride, int64_t width, const T* taps, int64_t channels, T* out,
+              int64_t out_stride) {
+  write_row(rows, stride, width, taps, channels, out, out_stride, [](vec<T> sum) { return sum; });
+}
+
+template <typename T>
+void conv_gelu_row(const T* const* rows, int64_t stride, int64_t width, const T* taps, int64_t channels,
+                   T* out, int64_t out_stride) {
+  write_row(rows, stride, width, taps, channels, out, out_stride, [](vec<T> sum) { return gelu(sum); });
+}
+
+template <typename T>
+void conv_gelu_gradient_row(const T* const* rows, int64_t stride, int64_t width, const T* taps,
+                            int64_t channels, const T* grad, T* dz, int64_t dz_stride, T* sums) {
+  along_row(rows, stride, width, taps, channels,
             [&]<int P, bool full>(const Neighbours<T, P>& near, int64_t first, int64_t c, Lanes<T, full> part,
                                   vec<T>(&sum)[P]) {
               vec<T> all = {};
@@ -774,20 +782,6 @@ void conv_gelu_gradient_row(const T* const* rows, int64_t stride, int64_t width,
               }
               T* to = sums + 9 * kChannels + c;
               store(to, load(to) + all);
-            });
-}
-
-template <typename T>
-void conv_row(const T* const* rows, int64_t stride, int64_t width, const T* weight, int64_t channels, T* out,
-              int64_t out_stride) {
-  along_row(rows, stride, width, weight, static_cast<const T*>(nullptr), channels,
-            [&]<int P, bool full>(const Neighbours<T, P>&, int64_t first, int64_t c, Lanes<T, full> part,
-                                  vec<T>(&sum)[P]) {
-              for (int p = 0; p < P; ++p) {
-                T* to = out + (first + p) * out_stride + c;
-                prefetch_pixel(to, out_stride);
-                part.store(to, sum[p]);
-              }
             });
 }
 
@@ -1065,9 +1059,9 @@ constexpr Kernels<T> table() {
           product<T>,
           linear<T>,
           convolve_gelu<T>,
+          conv_row<T>,
           conv_gelu_row<T>,
           conv_gelu_gradient_row<T>,
-          conv_row<T>,
           normalize<T>,
           convolve_add<T, T>,
           add<T, T>,

@@ -65,19 +65,19 @@ struct Kernels {
                         const T* weight, const T* bias, int64_t channels, int64_t tokens, T* out,
                         int64_t out_stride);
   // The next three go along one row of a map whose pixels are `stride` apart: a depthwise 3 x 3 convolution
-  // of at most kChannels channels, weight[9][kChannels]. rows: that above, the row, that below; null outside
-  // of the map. weight, bias and sums are aligned and padded, nothing else is. out = GELU(bias +
-  // convolution).
-  void (*conv_gelu_row)(const T* const* rows, int64_t stride, int64_t width, const T* weight, const T* bias,
-                        int64_t channels, T* out, int64_t out_stride);
-  // dz = grad GELU'(bias + convolution), and to sums[10][kChannels] unless null those of the weights and of
-  // the bias are added. grad's pixels are `stride` apart too.
-  void (*conv_gelu_gradient_row)(const T* const* rows, int64_t stride, int64_t width, const T* weight,
-                                 const T* bias, int64_t channels, const T* grad, T* dz, int64_t dz_stride,
-                                 T* sums);
+  // of at most kChannels channels, taps[10][kChannels] with the bias last. rows: that above, the row, that
+  // below; null outside of the map. taps and sums are aligned and padded, nothing else is.
+  //
   // out = convolution.
-  void (*conv_row)(const T* const* rows, int64_t stride, int64_t width, const T* weight, int64_t channels,
+  void (*conv_row)(const T* const* rows, int64_t stride, int64_t width, const T* taps, int64_t channels,
                    T* out, int64_t out_stride);
+  // out = GELU(convolution).
+  void (*conv_gelu_row)(const T* const* rows, int64_t stride, int64_t width, const T* taps, int64_t channels,
+                        T* out, int64_t out_stride);
+  // dz = grad GELU'(convolution), and the taps' gradients are added to sums[10][kChannels] unless null.
+  // grad's pixels are `stride` apart too.
+  void (*conv_gelu_gradient_row)(const T* const* rows, int64_t stride, int64_t width, const T* taps,
+                                 int64_t channels, const T* grad, T* dz, int64_t dz_stride, T* sums);
   // Layer normalisation of tokens over their channels, in a panel (channels, stride). tokens a multiple of
   // kAlign.
   void (*normalize)(T* panel, int64_t stride, int64_t channels, int64_t tokens, const T* weight,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +13,8 @@ from lf_dense import use_backend
 from lf_dense.backends import native
 from lf_dense.blocks import ConvFFN
 from support import instruction_sets
+from support.literal import relative_error
+from support.processes import elsewhere
 
 obstacle = native.library_obstacle("cpu")
 pytestmark = pytest.mark.skipif(obstacle is not None, reason=str(obstacle))
@@ -57,10 +57,6 @@ def with_gradients(function, x, conv, grad):
     return out.detach(), *torch.autograd.grad(out, (x, conv.weight, conv.bias), grad)
 
 
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 def test_the_literal_computation(shape, dtype):
@@ -70,7 +66,7 @@ def test_the_literal_computation(shape, dtype):
     for ours, theirs, wanted in zip(found, others, exact(x, conv.weight, conv.bias, grad)):
         assert ours.dtype == dtype
         assert ours.shape == wanted.shape
-        assert error(ours, wanted) <= 2 * error(theirs, wanted) + 2 * torch.finfo(dtype).eps
+        assert relative_error(ours, wanted) <= 2 * relative_error(theirs, wanted) + 2 * torch.finfo(dtype).eps
 
 
 def test_far_from_zero_the_slope_is_0_or_1():
@@ -149,9 +145,7 @@ def bits_on_threads(counts: list[int]) -> list[bool]:
 
 
 def test_the_same_bits_on_any_number_of_threads():
-    # In a process of its own: after torch.set_num_threads, torch 2.13's linalg.inv is wrong for other tests.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
-        assert processes.submit(bits_on_threads, [1, 2, 3]).result() == [True] * 3
+    assert elsewhere(bits_on_threads, [1, 2, 3]) == [True] * 3
 
 
 # The network
@@ -183,7 +177,7 @@ def test_a_network_trains_by_it(dtype, calls):
     assert calls == [1]
     assert len(found) == len(wanted) == 8
     for ours, theirs in zip(found, wanted):
-        assert error(ours, theirs.double()) <= 20 * torch.finfo(dtype).eps
+        assert relative_error(ours, theirs.double()) <= 20 * torch.finfo(dtype).eps
 
 
 def test_frozen_weights_and_a_missing_bias(calls):
@@ -195,7 +189,7 @@ def test_frozen_weights_and_a_missing_bias(calls):
     with use_backend("reference"):
         wanted = step(ffn, x)
     assert len(found) == len(wanted) == 5
-    assert all(error(ours, theirs.double()) <= 1e-5 for ours, theirs in zip(found, wanted))
+    assert all(relative_error(ours, theirs.double()) <= 1e-5 for ours, theirs in zip(found, wanted))
 
 
 def test_dropout_follows_it(calls):
@@ -206,7 +200,7 @@ def test_dropout_follows_it(calls):
     with use_backend("reference"):
         wanted = step(ffn, x)
     assert calls == [1]
-    assert all(error(ours, theirs.double()) <= 1e-5 for ours, theirs in zip(found, wanted))
+    assert all(relative_error(ours, theirs.double()) <= 1e-5 for ours, theirs in zip(found, wanted))
 
 
 def test_what_is_not_plain_runs_as_layers(calls):
@@ -267,10 +261,7 @@ def test_operations_are_counted():
     assert count(step, ffn, x) == 3 * forward
 
 
-@pytest.mark.skipif(instruction_sets.is_another(), reason="this runs by another instruction set already")
 @pytest.mark.parametrize("name", ["avx512bf16", "avx512", "avx2", "plain"])
 def test_other_instruction_sets(name):
     environment = instruction_sets.environment_of(name)
-    instruction_sets.assert_tests_pass(
-        "tests/backends/test_conv_gelu.py", "literal or slope or nan", environment
-    )
+    instruction_sets.assert_tests_pass(__file__, "literal or slope or nan", environment)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import multiprocessing
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -23,6 +21,7 @@ from lf_dense.backends import exporting, native
 from lf_dense.backends.reference import compute_dtype
 from lf_dense.blocks import SMALL_MAP, Block, ConvFFN, PatchEmbed
 from support import instruction_sets
+from support.processes import elsewhere
 
 obstacle = native.library_obstacle("cpu")
 pytestmark = pytest.mark.skipif(obstacle is not None, reason=str(obstacle))
@@ -381,10 +380,7 @@ def are_the_same_bits_on_threads(counts: list[int]) -> bool:
 
 
 def test_the_same_bits_on_any_number_of_threads_and_from_any_cut():
-    # In a process of its own: after torch.set_num_threads, torch 2.13's linalg.inv is wrong for other tests.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as processes:
-        assert processes.submit(are_the_same_bits_on_threads, [1, 2, 3, 8]).result()
+    assert elsewhere(are_the_same_bits_on_threads, [1, 2, 3, 8])
 
 
 @torch.no_grad()
