@@ -8,6 +8,7 @@ from importlib.util import find_spec as _find_spec
 
 from . import export
 from .allocator import keep_memory
+from .threads import sleep_soon as _sleep_soon
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,8 @@ __all__ = [
     "swap_backbone",
     "use_backend",
 ]
+
+_sleep_soon()  # before torch
 
 _missing = ""
 if _find_spec("torch") is None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmengine.device import get_device
-
 from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.files import find_images
 from lf_dense.tiling import at_own_scale, predict_tiled, tile_options, what_predicts
-from lf_dense.training.cli import add_backbone_options, add_config_options, parse_point, read_config
+from lf_dense.training.cli import (
+    add_backbone_options,
+    add_config_options,
+    add_device,
+    parse_point,
+    read_config,
+)
 from lf_dense.training.explaining import explained
 from lf_dense.training.prediction import Predictor, predict_images
 from lf_dense.training.quietness import quiet
@@ -53,7 +57,7 @@ def main() -> None:
         action="store_true",
         help="with --tile: predict each image as a whole too, and say how far the two agree",
     )
-    parser.add_argument("--device", default=get_device(), help="torch device (default here: %(default)s)")
+    add_device(parser)
     parser.add_argument("--verbose", action="store_true", help="show the messages of the frameworks too")
     add_backbone_options(parser)
     add_config_options(parser)

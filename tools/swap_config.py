@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.files import write_atomically
 from lf_dense.presets import ARCHS
 from lf_dense.swap.backbone import swap_backbone
-from lf_dense.training.cli import add_trust_option, trust_named
+from lf_dense.training.cli import add_settings, add_trust_option, trust_named
 
 
 def main() -> None:
@@ -25,20 +23,13 @@ def main() -> None:
     )
     parser.add_argument("--pretrained", metavar="CKPT", help="start the LaplacianFormer from this checkpoint")
     add_trust_option(parser)
-    parser.add_argument(
-        "--backbone-options",
-        nargs="+",
-        action=DictAction,
-        default={},
-        metavar="KEY=VALUE",
-        help="its other arguments",
-    )
+    add_settings(parser, "--backbone-options", "its other arguments")
     args = parser.parse_args()
     if args.out.suffix != ".py":
         raise UsageError(f"{args.out}: a config is a Python file, so the name has to end in .py.")
     trust_named(args)
     try:
-        config = swap_backbone(args.config, args.backbone, args.pretrained, **args.backbone_options)
+        config = swap_backbone(args.config, args.backbone, args.pretrained, **(args.backbone_options or {}))
     except (TypeError, ValueError) as error:
         raise UsageError(f"--backbone-options do not fit: {error}") from error
     write_atomically(args.out, config.pretty_text.encode())

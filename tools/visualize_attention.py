@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmengine.device import get_device
-
 from lf_dense.errors import UsageError, run_tool, tool_parser
 from lf_dense.explain.pictures import write_attention, write_features, write_receptive_fields
 from lf_dense.explain.placing import load_subject
-from lf_dense.training.cli import add_backbone_options, add_config_options, parse_point, read_config
+from lf_dense.training.cli import (
+    add_backbone_options,
+    add_config_options,
+    add_device,
+    parse_point,
+    read_config,
+)
 from lf_dense.training.explaining import explained
 from lf_dense.training.quietness import quiet
 
@@ -66,7 +70,7 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, default=16, help="the most images for these (default: %(default)s)"
     )
-    parser.add_argument("--device", default=get_device(), help="torch device (default here: %(default)s)")
+    add_device(parser)
     parser.add_argument("--verbose", action="store_true", help="show the messages of the frameworks too")
     add_backbone_options(parser)
     add_config_options(parser)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 
 from ..errors import UsageError
 from ..frameworks import load_config, override_config
@@ -20,16 +21,22 @@ LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """``--cfg-options``."""
-    parser.add_argument(
+    add_settings(
+        parser,
         "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        metavar="KEY=VALUE",
-        help=(
-            'override settings of the config, by dotted key; lists as key="[a,b]"; data_root=... moves all'
-            " data paths at once"
-        ),
+        'override settings of the config, by dotted key; lists as key="[a,b]"; data_root=... moves all'
+        " data paths at once",
     )
+
+
+def add_settings(parser: argparse.ArgumentParser, option: str, help: str) -> None:
+    """An option that takes settings, ``KEY=VALUE`` each; a dict where it is given, else None."""
+    parser.add_argument(option, nargs="+", action=DictAction, metavar="KEY=VALUE", help=help)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``."""
+    parser.add_argument("--device", default=get_device(), help="torch device (default here: %(default)s)")
 
 
 def add_backbone_options(parser: argparse.ArgumentParser) -> None:

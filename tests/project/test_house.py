@@ -19,7 +19,7 @@ LONGEST_TOOL = 120
 SCRIPTS = ("setup_env.py", "build_mmcv.py", "gpu_check.py", "sanitize.py", "demo.py")
 # Imports run downwards: a module takes from its own floor and from those before it.
 FLOORS = (
-    ("allocator", "errors", "files", "memory", "presets"),
+    ("allocator", "errors", "files", "memory", "presets", "threads"),
     ("backends",),
     ("fusing",),
     ("functional",),
@@ -44,6 +44,7 @@ TORCH_ALONE = (
     "allocator",
     "memory",
     "presets",
+    "threads",
     "backends",
     "functional",
     "attention",
