@@ -212,6 +212,8 @@ class LaplacianFormer(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         self._check_input(x)
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # half as much to lay out anew
         x = x.contiguous(memory_format=torch.channels_last)
         outs: list[Tensor] = []
         for index, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):

@@ -229,6 +229,16 @@ def test_autocast_is_finite(dtype, blank):
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
 
 
+@torch.no_grad()
+def test_autocast_rounds_the_image_and_no_float64():
+    net, x = small().eval(), torch.randn(1, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        for got, expected in zip(net(x), net(x.bfloat16())):
+            assert got.dtype == torch.bfloat16
+            assert torch.equal(got, expected)
+        assert all(out.dtype == torch.float64 for out in net.double()(x.double()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_other_dtypes(dtype):

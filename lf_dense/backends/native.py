@@ -188,7 +188,7 @@ def layers_dtype(x: Tensor) -> torch.dtype | None:
     """In what the operators of whole layers multiply these tokens; None where they do not serve them.
 
     They are written for the CPU: float64, float32, and bfloat16, whether tokens have it or autocast asks for
-    it. Products of bfloat16 are summed in float32, and so is everything between them.
+    it. Sums of products and all between them are float32, but for hidden activations, which are rounded.
     """
     if x.device.type != "cpu":
         return None

@@ -84,7 +84,7 @@ class Pieces {
 
 // One thread's memory and one piece after another. A piece has its neighbours around it, and its tokens lie
 // in a row, `wide_` to a line: position 0 is the first one above the piece. Hidden activations of the last
-// positions are held, channels `stride_` apart, and move on like a belt.
+// positions are held, in rows `stride_` apart, and move on like a belt.
 template <typename T, typename X, typename W>
 class Worker {
  public:
@@ -103,7 +103,7 @@ class Worker {
         cols_(padded(shape.channels)),
         behind_(padded(2 * (pieces.widest() + 1))),
         stride_(behind_ + kPanels * kPanel),
-        hidden_(pieces.most_channels() * stride_),
+        hidden_(pieces.most_channels() / kHeld * stride_),
         rows_(kPanel * cols_),
         transposed_(kPanel * cols_),
         left_(kPanel),
@@ -127,23 +127,29 @@ class Worker {
     const int64_t end = (piece.rows + 2) * wide_;
     inside_ = piece.first_row > 0 ? 0 : wide_;
     inside_end_ = piece.first_row + piece.rows < shape_.height ? end : end - wide_;
-    for (int64_t n = 0; n < piece_.channels; ++n) std::fill_n(hidden_ + n * stride_, behind_, T{0});
+    for (int64_t n = 0; n < held(); ++n) std::fill_n(hidden_ + n * stride_, behind_, Held{0});
     // What lies above the image is zero, and stands there already.
     for (int64_t first = inside_, slot = 0; first < end + 1; first += kPanel, ++slot) {
       if (slot == kPanels) {
-        for (int64_t n = 0; n < piece_.channels; ++n) {
-          T* channel = hidden_ + n * stride_;
-          std::memmove(channel, channel + kPanels * kPanel, behind_ * sizeof(T));
+        for (int64_t n = 0; n < held(); ++n) {
+          Held* row = hidden_ + n * stride_;
+          std::memmove(row, row + kPanels * kPanel, behind_ * sizeof(Held));
         }
         slot = 0;
       }
-      T* panel = hidden_ + behind_ + slot * kPanel;
+      Held* panel = hidden_ + behind_ + slot * kPanel;
       expand(first, panel);
       contract(first - wide_ - 1, panel - wide_ - 1);
     }
   }
 
  private:
+  using Held = typename Factor<T, W>::Held;
+  static constexpr int64_t kHeld = Factor<T, W>::kHeld;
+
+  // Rows of hidden activations.
+  int64_t held() const { return piece_.channels / kHeld; }
+
   template <typename P>
   P* at(P* tokens, int64_t token) const {
     return tokens + (piece_.image * shape_.each() + token) * shape_.channels;
@@ -162,7 +168,7 @@ class Worker {
   }
 
   // The first layer: positions `first` and on into a panel. Below the image hidden activations are zero.
-  void expand(int64_t first, T* panel) {
+  void expand(int64_t first, Held* panel) {
     const int64_t count = std::clamp<int64_t>(inside_end_ - first, 0, kPanel);
     if (count > 0) {
       in_rows(first, first + count, [&](int64_t position, int64_t token, int64_t run) {
@@ -173,16 +179,15 @@ class Worker {
       kernels<T>().normalize(transposed_, kPanel, shape_.channels, tokens, norm_.weight, norm_.bias,
                              norm_.eps);
       tokens_.set(transposed_, shape_.channels, tokens);
-      tokens_.product(fc1_now_.weight, shape_.channels, fc1_now_.bias, piece_.channels, panel, stride_);
+      tokens_.held_product(fc1_now_.weight, shape_.channels, fc1_now_.bias, piece_.channels, panel, stride_);
     }
     if (count == kPanel) return;
-    for (int64_t n = 0; n < piece_.channels; ++n)
-      std::fill_n(panel + n * stride_ + count, kPanel - count, T{0});
+    for (int64_t n = 0; n < held(); ++n) std::fill_n(panel + n * stride_ + count, kPanel - count, Held{0});
   }
 
   // Convolution, GELU and the second layer: the result's positions `first` and on; `middle` are their hidden
   // activations.
-  void contract(int64_t first, const T* middle) {
+  void contract(int64_t first, const Held* middle) {
     const int64_t begin = std::max(first, wide_), end = std::min(first + kPanel, (piece_.rows + 1) * wide_);
     if (begin >= end) return;
     middle += begin - first;
@@ -194,7 +199,7 @@ class Worker {
     const int64_t tokens = padded(end - begin);
     for (int64_t n = 0; n < piece_.channels; n += kHidden) {
       const int64_t channels = std::min(kHidden, piece_.channels - n);
-      activations_.set_active(middle + n * stride_, stride_, wide_, left_, right_,
+      activations_.set_active(middle + n / kHeld * stride_, stride_, wide_, left_, right_,
                               {conv_now_.weight + n * 9, conv_now_.bias + n}, channels, tokens);
       activations_.product(fc2_now_.weight + n, hidden_channels_, n == 0 ? fc2_now_.bias : nullptr,
                            shape_.channels, transposed_, kPanel);
@@ -226,7 +231,8 @@ class Worker {
   X* out_;
   T* partials_;
   int64_t cols_, behind_, stride_;
-  Scratch<T> hidden_, rows_, transposed_, left_, right_, no_bias_;
+  Scratch<Held> hidden_;
+  Scratch<T> rows_, transposed_, left_, right_, no_bias_;
   Gathered<T, X> gathered_;
   Factor<T, W> tokens_, activations_;
   // What belongs to the piece.

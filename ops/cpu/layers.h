@@ -153,6 +153,10 @@ class Gathered<float, BFloat16> {
 template <typename T, typename W>
 class Factor {
  public:
+  // Activations between two layers, of so many channels each.
+  using Held = T;
+  static constexpr int64_t kHeld = 1;
+
   // `most_channels` is 0 where every panel comes by set().
   explicit Factor(int64_t most_channels) : active_(most_channels * kPanel) {}
 
@@ -164,7 +168,7 @@ class Factor {
   }
 
   // GELU of a convolution, see vector_kernels.h.
-  void set_active(const T* x, int64_t stride, int64_t width, const T* left, const T* right,
+  void set_active(const Held* x, int64_t stride, int64_t width, const T* left, const T* right,
                   const Linear<T>& conv, int64_t channels, int64_t tokens) {
     kernels<T>().convolve_gelu(x, stride, width, left, right, conv.weight, conv.bias, channels, tokens,
                                active_, kPanel);
@@ -183,6 +187,11 @@ class Factor {
     }
   }
 
+  void held_product(const T* weight, int64_t weight_row, const T* bias, int64_t rows, Held* out,
+                    int64_t out_stride) const {
+    product(weight, weight_row, bias, rows, out, out_stride);
+  }
+
  private:
   Scratch<T> active_;
   const T* panel_ = nullptr;
@@ -193,6 +202,9 @@ class Factor {
 template <>
 class Factor<float, BFloat16> {
  public:
+  using Held = uint32_t;
+  static constexpr int64_t kHeld = 2;
+
   explicit Factor(int64_t most_channels) : words_(most_channels / 2 * kPanel) {}
 
   void set(const float* panel, int64_t channels, int64_t tokens) {
@@ -201,7 +213,7 @@ class Factor<float, BFloat16> {
     tokens_ = tokens;
   }
 
-  void set_active(const float* x, int64_t stride, int64_t width, const float* left, const float* right,
+  void set_active(const Held* x, int64_t stride, int64_t width, const float* left, const float* right,
                   const Linear<float>& conv, int64_t channels, int64_t tokens) {
     instruction_set().narrow.convolve_gelu(x, stride, width, left, right, conv.weight, conv.bias, channels,
                                            tokens, words_, kPanel);
@@ -213,6 +225,12 @@ class Factor<float, BFloat16> {
                int64_t out_stride) const {
     instruction_set().narrow.linear(out, out_stride, weight, weight_row, bias, words_, kPanel, rows,
                                     channels_, tokens_);
+  }
+
+  void held_product(const BFloat16* weight, int64_t weight_row, const float* bias, int64_t rows, Held* out,
+                    int64_t out_stride) const {
+    instruction_set().narrow.linear_pairs(out, out_stride, weight, weight_row, bias, words_, kPanel, rows,
+                                          channels_, tokens_);
   }
 
  private:

@@ -108,6 +108,13 @@ void pack_tile(const View& from, int64_t head, int64_t first, int64_t count, T* 
   kernels<T>().transpose(rows, cols, kTile, cols, transposed, kTile);
 }
 
+// Whether rows are whole vectors of words of two channels of bfloat16: half as many to transpose.
+template <typename T>
+bool has_words(const View& from) {
+  return holds<T>(DType::kFloat32) && from.dtype == DType::kBFloat16 && from.stride[3] == 1 &&
+         from.stride[2] % 2 == 0 && from.channels() % (2 * kAlign) == 0;
+}
+
 // The latter alone: straight from the tensor where its rows lie as packed ones do, else by way of `rows`.
 template <typename T>
 void transpose_tile(const View& from, int64_t head, int64_t first, int64_t count, T* rows, T* transposed) {
@@ -115,6 +122,12 @@ void transpose_tile(const View& from, int64_t head, int64_t first, int64_t count
   if (count == kTile && holds<T>(from.dtype) && from.stride[3] == 1 && cols == from.channels()) {
     kernels<T>().transpose(reinterpret_cast<const T*>(from.row(head, first)), from.stride[2], kTile, cols,
                            transposed, kTile);
+  } else if (count == kTile && has_words<T>(from)) {
+    const int64_t words = from.channels() / 2;
+    kernels<T>().transpose(reinterpret_cast<const T*>(from.row(head, first)), from.stride[2] / 2, kTile,
+                           words, rows, kTile);
+    instruction_set().narrow.unpair(reinterpret_cast<const uint32_t*>(rows), kTile, 2 * words, kTile,
+                                    reinterpret_cast<float*>(transposed), kTile);
   } else {
     pack_tile<T>(from, head, first, count, rows, transposed);
   }

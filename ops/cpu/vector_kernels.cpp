@@ -64,6 +64,12 @@ inline void store_unaligned(T* p, vec<T> v) {
   *reinterpret_cast<typename Vector<T>::unaligned*>(p) = v;
 }
 
+// The number in every lane: x - 0 is x, where x + 0 would make a positive zero of -0.
+template <typename T>
+inline vec<T> filled(T x) {
+  return x - vec<T>{};
+}
+
 template <typename T>
 inline vec<T> absolute(vec<T> v) {
   using bits = typename Vector<T>::bits;
@@ -74,7 +80,7 @@ inline vec<T> absolute(vec<T> v) {
 template <typename T>
 inline vec<T> signed_by(vec<T> v, T w) {
   using bits = typename Vector<T>::bits;
-  const vec<T> wide = w - vec<T>{};  // w alone: the compiler would have to add a positive zero, for -0
+  const vec<T> wide = filled(w);
   const bits nonzero = v != vec<T>{};
   return (vec<T>)((((bits)v & Vector<T>::sign_bit) ^ (bits)wide) & nonzero);
 }
@@ -353,6 +359,7 @@ constexpr int kKernelRows = kRegisters == 32 ? 12 : kFused ? 3 : 5;
 constexpr int kSignRows = kRegisters == 32 ? 12 : 5;
 constexpr int kProductRows = kRegisters == 32 ? 6 : 3;
 constexpr int kPairVectors = kRegisters == 32 ? 4 : 2;
+constexpr int kRowPairs = kRegisters == 32 ? 3 : 2;
 
 // Prefetches one cache line at each call: spread over the arithmetic, memory costs next to nothing; in one
 // burst it stalls.
@@ -564,12 +571,22 @@ constexpr NormalDistribution<3> kRoughNormal = {
     {1.1542078104e-03f, 2.3914156919e-02f, 2.3596743347e-01f},
 };
 
+// x within [-limit, limit]; NaN stays NaN.
+inline vec<float> clamped(vec<float> x, float limit) {
+#if defined(__AVX512F__)
+  // Of a number and NaN these take the second one.
+  const __m512 most = (__m512)filled(limit), least = (__m512)filled(-limit);
+  return (vec<float>)_mm512_maskz_max_ps(0xFFFF, least, _mm512_maskz_min_ps(0xFFFF, most, (__m512)x));
+#else
+  const vec<float> z = x > limit ? filled(limit) : x;
+  return z < -limit ? filled(-limit) : z;
+#endif
+}
+
 // Phi(x), and beyond the fit what it is at the end of it.
 template <int degree>
 inline vec<float> distribution(vec<float> x, const NormalDistribution<degree>& normal) {
-  const float limit = normal.limit;
-  vec<float> z = x > limit ? vec<float>{} + limit : x;
-  z = z < -limit ? vec<float>{} - limit : z;
+  const vec<float> z = clamped(x, normal.limit);
   const vec<float> u = z * z;
   vec<float> p = u * normal.p[0] + normal.p[1], q = u * normal.q[0] + normal.q[1];
 #pragma GCC unroll 8
@@ -615,22 +632,21 @@ inline vec<T> where_set(vec<T> v, const T* mask) {
   return (vec<T>)((bits)v & (bits)load(mask));
 }
 
-// One channel's convolution, see vector_kernels.h; calls `emit` with each vector of tokens. Loads are cheaper
-// than shuffles of what is in registers (3 % of the operator, Zen 4).
-template <typename T, typename Emit>
-inline void convolve(const T* x, int64_t width, const T* left, const T* right, const T* weight, T bias,
-                     int64_t tokens, Emit emit) {
+// One channel's convolution, see vector_kernels.h; `read` makes vectors of x, and `emit` takes each vector of
+// tokens. Loads are cheaper than shuffles of what is in registers (3 % of the operator, Zen 4).
+template <typename T, typename X, typename Read, typename Emit>
+inline void convolve(const X* x, Read read, int64_t width, const T* left, const T* right, const T* weight,
+                     T bias, int64_t tokens, Emit emit) {
   vec<T> w[9];
 #pragma GCC unroll 9
-  for (int tap = 0; tap < 9; ++tap) w[tap] = vec<T>{} + weight[tap];
-  const vec<T> start = vec<T>{} + bias;
+  for (int tap = 0; tap < 9; ++tap) w[tap] = filled(weight[tap]);
+  const vec<T> start = filled(bias);
   for (int64_t i = 0; i < tokens; i += Vector<T>::lanes) {
     vec<T> side[3];
 #pragma GCC unroll 3
     for (int dx = 0; dx < 3; ++dx) {
-      const T* middle = x + i + dx - 1;
-      side[dx] = w[dx] * load_unaligned(middle - width) + w[3 + dx] * load_unaligned(middle) +
-                 w[6 + dx] * load_unaligned(middle + width);
+      const X* middle = x + i + dx - 1;
+      side[dx] = w[dx] * read(middle - width) + w[3 + dx] * read(middle) + w[6 + dx] * read(middle + width);
     }
     emit(i, start + side[1] + where_set<T>(side[0], left + i) + where_set<T>(side[2], right + i));
   }
@@ -640,7 +656,7 @@ template <typename T>
 void convolve_gelu(const T* x, int64_t stride, int64_t width, const T* left, const T* right, const T* weight,
                    const T* bias, int64_t channels, int64_t tokens, T* out, int64_t out_stride) {
   for (int64_t c = 0; c < channels; ++c, out += out_stride) {
-    convolve(x + c * stride, width, left, right, weight + c * 9, bias[c], tokens,
+    convolve(x + c * stride, load_unaligned<T>, width, left, right, weight + c * 9, bias[c], tokens,
              [&](int64_t i, vec<T> sum) { store(out + i, gelu(sum)); });
   }
 }
@@ -879,6 +895,12 @@ inline words paired(vec<float> low, vec<float> high) {
 }
 
 inline words load_words(const uint32_t* p) { return *reinterpret_cast<const words*>(p); }
+inline words load_words_unaligned(const uint32_t* p) {
+  typedef words unaligned __attribute__((aligned(alignof(uint32_t)), may_alias));
+  return *reinterpret_cast<const unaligned*>(p);
+}
+inline vec<float> lower(words both) { return (vec<float>)(both << 16); }
+inline vec<float> upper(words both) { return (vec<float>)(both & 0xFFFF0000); }
 inline void store_words(uint32_t* p, words v) { *reinterpret_cast<words*>(p) = v; }
 
 void pair(const float* x, int64_t stride, int64_t channels, int64_t tokens, uint32_t* out,
@@ -894,22 +916,44 @@ void unpair(const uint32_t* words_of_two, int64_t stride, int64_t channels, int6
   for (int64_t c = 0; c < channels; c += 2, words_of_two += stride, out += 2 * out_stride) {
     for (int64_t i = 0; i < tokens; i += Vector<float>::lanes) {
       const words both = load_words(words_of_two + i);
-      store(out + i, (vec<float>)(both << 16));
-      store(out + out_stride + i, (vec<float>)(both & 0xFFFF0000));
+      store(out + i, lower(both));
+      store(out + out_stride + i, upper(both));
     }
   }
 }
 
-void convolve_gelu_pairs(const float* x, int64_t stride, int64_t width, const float* left, const float* right,
-                         const float* weight, const float* bias, int64_t channels, int64_t tokens,
-                         uint32_t* out, int64_t out_stride) {
-  for (int64_t c = 0; c < channels; c += 2, out += out_stride) {
-    convolve(x + c * stride, width, left, right, weight + c * 9, bias[c], tokens,
-             [&](int64_t i, vec<float> sum) { store_words(out + i, (words)gelu(sum, kRoughNormal)); });
-    convolve(x + (c + 1) * stride, width, left, right, weight + (c + 1) * 9, bias[c + 1], tokens,
-             [&](int64_t i, vec<float> sum) {
-               store_words(out + i, paired((vec<float>)load_words(out + i), gelu(sum, kRoughNormal)));
-             });
+void convolve_gelu_pairs(const uint32_t* x, int64_t stride, int64_t width, const float* left,
+                         const float* right, const float* weight, const float* bias, int64_t channels,
+                         int64_t tokens, uint32_t* out, int64_t out_stride) {
+  for (int64_t c = 0; c < channels; c += 2, x += stride, out += out_stride, weight += 18) {
+    vec<float> w[2][9];
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) {
+      w[0][tap] = filled(weight[tap]);
+      w[1][tap] = filled(weight[9 + tap]);
+    }
+    const vec<float> start[2] = {filled(bias[c]), filled(bias[c + 1])};
+    for (int64_t i = 0; i < tokens; i += Vector<float>::lanes) {
+      vec<float> side[2][3];
+#pragma GCC unroll 3
+      for (int dx = 0; dx < 3; ++dx) {
+        const uint32_t* middle = x + i + dx - 1;
+        const words near[3] = {load_words_unaligned(middle - width), load_words_unaligned(middle),
+                               load_words_unaligned(middle + width)};
+        side[0][dx] =
+            w[0][dx] * lower(near[0]) + w[0][3 + dx] * lower(near[1]) + w[0][6 + dx] * lower(near[2]);
+        side[1][dx] =
+            w[1][dx] * upper(near[0]) + w[1][3 + dx] * upper(near[1]) + w[1][6 + dx] * upper(near[2]);
+      }
+      vec<float> active[2];
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        active[half] = gelu(start[half] + side[half][1] + where_set<float>(side[half][0], left + i) +
+                                where_set<float>(side[half][2], right + i),
+                            kRoughNormal);
+      }
+      store_words(out + i, paired(active[0], active[1]));
+    }
   }
 }
 
@@ -918,22 +962,16 @@ inline vec<float> add_pairs(vec<float> sum, words a, words b) {
 #if defined(__AVX512BF16__)
   return (vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
-  sum += (vec<float>)(a << 16) * (vec<float>)(b << 16);
-  return sum + (vec<float>)(a & 0xFFFF0000) * (vec<float>)(b & 0xFFFF0000);
+  sum += lower(a) * lower(b);
+  return sum + upper(a) * upper(b);
 #endif
 }
 
+// Adds a's R rows times b to sums.
 template <int R, int C>
-inline void pairs_block(float* out, int64_t out_stride, const BFloat16* a, int64_t a_row, const float* bias,
-                        const uint32_t* b, int64_t b_stride, int64_t depth) {
+inline void add_pairs_block(vec<float> (&sum)[R][C], const BFloat16* a, int64_t a_row, const uint32_t* b,
+                            int64_t b_stride, int64_t depth) {
   constexpr int64_t lanes = Vector<float>::lanes;
-  vec<float> sum[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c)
-      sum[r][c] = bias ? vec<float>{} + bias[r] : load(out + r * out_stride + c * lanes);
-  }
   for (int64_t k = 0; k < depth; k += 2, b += b_stride) {
     words row[C];
 #pragma GCC unroll 4
@@ -946,6 +984,19 @@ inline void pairs_block(float* out, int64_t out_stride, const BFloat16* a, int64
       for (int c = 0; c < C; ++c) sum[r][c] = add_pairs(sum[r][c], words{} + factor, row[c]);
     }
   }
+}
+
+template <int R, int C>
+inline void pairs_block(float* out, int64_t out_stride, const BFloat16* a, int64_t a_row, const float* bias,
+                        const uint32_t* b, int64_t b_stride, int64_t depth) {
+  constexpr int64_t lanes = Vector<float>::lanes;
+  vec<float> sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sum[r][c] = bias ? filled(bias[r]) : load(out + r * out_stride + c * lanes);
+  }
+  add_pairs_block(sum, a, a_row, b, b_stride, depth);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -963,6 +1014,43 @@ void pairs_linear(float* out, int64_t out_stride, const BFloat16* a, int64_t a_r
         with_constant<kProductRows>(size, [&]<int R>(Constant<R>) {
           pairs_block<R, C>(out + first * out_stride + column, out_stride, a + first * a_row, a_row,
                             bias ? bias + first : nullptr, b + column, b_stride, depth);
+        });
+      });
+    });
+  });
+}
+
+// P pairs of rows.
+template <int P, int C>
+inline void paired_block(uint32_t* out, int64_t out_stride, const BFloat16* a, int64_t a_row,
+                         const float* bias, const uint32_t* b, int64_t b_stride, int64_t depth) {
+  constexpr int64_t lanes = Vector<float>::lanes;
+  vec<float> sum[2 * P][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < 2 * P; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sum[r][c] = filled(bias[r]);
+  }
+  add_pairs_block(sum, a, a_row, b, b_stride, depth);
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      store_words(out + p * out_stride + c * lanes, paired(sum[2 * p][c], sum[2 * p + 1][c]));
+  }
+}
+
+void pairs_linear_pairs(uint32_t* out, int64_t out_stride, const BFloat16* a, int64_t a_row,
+                        const float* bias, const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth,
+                        int64_t cols) {
+  constexpr int64_t lanes = Vector<float>::lanes;
+  in_groups<kPairVectors>(cols / lanes, [&](int64_t first_vector, int64_t vectors) {
+    with_constant<kPairVectors>(vectors, [&]<int C>(Constant<C>) {
+      const int64_t column = first_vector * lanes;
+      in_groups<kRowPairs>(rows / 2, [&](int64_t first, int64_t size) {
+        with_constant<kRowPairs>(size, [&]<int P>(Constant<P>) {
+          paired_block<P, C>(out + first * out_stride + column, out_stride, a + 2 * first * a_row, a_row,
+                             bias + 2 * first, b + column, b_stride, depth);
         });
       });
     });
@@ -1096,7 +1184,8 @@ const InstructionSet instructions = {
     supported,
     table<float>(),
     table<double>(),
-    {convolve_add<float, BFloat16>, add<float, BFloat16>, pair, unpair, convolve_gelu_pairs, pairs_linear},
+    {convolve_add<float, BFloat16>, add<float, BFloat16>, pair, unpair, convolve_gelu_pairs, pairs_linear,
+     pairs_linear_pairs},
 };
 
 }  // namespace LF_ISA

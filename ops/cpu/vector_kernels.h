@@ -123,14 +123,17 @@ struct NarrowKernels {
   // The reverse, without rounding.
   void (*unpair)(const uint32_t* words, int64_t stride, int64_t channels, int64_t tokens, float* out,
                  int64_t out_stride);
-  // As above, into words of two; to 1e-5.
-  void (*convolve_gelu)(const float* x, int64_t stride, int64_t width, const float* left, const float* right,
-                        const float* weight, const float* bias, int64_t channels, int64_t tokens,
-                        uint32_t* out, int64_t out_stride);
+  // As above, of words of two channels and into such; to 1e-5.
+  void (*convolve_gelu)(const uint32_t* x, int64_t stride, int64_t width, const float* left,
+                        const float* right, const float* weight, const float* bias, int64_t channels,
+                        int64_t tokens, uint32_t* out, int64_t out_stride);
   // out[r][c] = bias[r] + sum_k a[r * a_row + k] b[k][c], b in words of two, depth even; without a bias it
   // adds to what is there. cols a multiple of kAlign.
   void (*linear)(float* out, int64_t out_stride, const BFloat16* a, int64_t a_row, const float* bias,
                  const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t cols);
+  // The same into words of two rows, whose number is even.
+  void (*linear_pairs)(uint32_t* out, int64_t out_stride, const BFloat16* a, int64_t a_row, const float* bias,
+                       const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t cols);
 };
 
 struct InstructionSet {

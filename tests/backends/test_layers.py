@@ -590,6 +590,27 @@ def test_a_small_maps_embedding_is_a_product(hw_shape, in_channels, size, stride
     torch.testing.assert_close(multiplied, convolved, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("cast", [None, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_norm_of_an_embedding_in_bfloat16_is_the_operators(cast, monkeypatch):
+    norms, norm_to_map = [], native.norm_to_map
+    monkeypatch.setattr(
+        native, "norm_to_map", lambda *args, **kinds: norms.append(1) or norm_to_map(*args, **kinds)
+    )
+    layer, maps = spread(PatchEmbed(3, 24, 7, 4)), torch.randn(2, 3, 41, 57)
+    layer(maps)
+    assert not norms
+    if cast is None:
+        layer, maps = layer.bfloat16(), maps.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast is not None):
+        found, _ = layer(maps)
+        assert len(norms) == 1
+        with use_backend("reference"):
+            plain, _ = layer(maps)
+    assert (len(norms), found.dtype) == (1, plain.dtype)
+    holds(found, plain, exact_embedding(layer, maps.double().numpy()))
+
+
 def test_other_embeddings_are_convolutions(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "unfold", None)
     layer = PatchEmbed(3, 8, 3, 2)
