@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,14 +77,42 @@ def read_rows(path: Path) -> dict[str, Record]:
     return {key_of(row): row for row in read_json_lines(path)} if path.exists() else {}
 
 
+def read_turns(path: Path) -> dict[str, list[Sample]]:
+    """The turns of a file of JSON lines, by ``key_of`` their row to be; none where there is no file yet."""
+    turns: dict[str, list[Sample]] = {}
+    for line in read_json_lines(path) if path.exists() else []:
+        turns.setdefault(line["row"], []).append(Sample(**line["turn"]))
+    return turns
+
+
+def write_lines(path: Path, records: Iterable[Record]) -> None:
+    write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
+
+
+def append_line(path: Path, record: Record) -> None:
+    """Add a line that the next power cut leaves whole."""
+    with path.open("a") as stream:
+        stream.write(f"{json.dumps(record)}\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 class Run:
-    """One run of the benchmark; ``rows`` are those of the file, and grow with it."""
+    """One run of the benchmark; ``rows`` are those of the file, and grow with it.
+
+    A file beside it keeps the turns of the groups whose rows are not there yet.
+    """
 
     def __init__(self, path: Path, device: str, limits: Limits, say: Callable[[str], None]) -> None:
         self.path, self.device, self.limits, self.say = path, device, limits, say
         self.rows = read_rows(path)
+        self.turns_path = path.with_suffix(".turns.jsonl")
+        found = read_turns(self.turns_path)
+        self.turns = {key: turns for key, turns in found.items() if key not in self.rows}
         # What an interruption cut off goes: lines are appended.
-        write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in self.rows.values()).encode())
+        write_lines(path, self.rows.values())
+        lines = ((key, turn) for key, turns in self.turns.items() for turn in turns)
+        write_lines(self.turns_path, ({"row": key, "turn": turn._asdict()} for key, turn in lines))
         self.started = time.monotonic()
         self.paces: dict[tuple[str, Settings], tuple[int, float]] = {}
         self.out: dict[tuple[str, Settings], str] = {}
@@ -107,10 +135,7 @@ class Run:
     def record(self, name: str, group: Group, **found: object) -> None:
         row = {**self.head(name, group), **found}
         self.rows[key_of(row)] = row
-        with self.path.open("a") as stream:
-            stream.write(f"{json.dumps(row)}\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_line(self.path, row)
 
     def fail(self, name: str, group: Group, why: str, *, lasting: bool = True) -> None:
         self.record(name, group, outcome=why)
@@ -155,15 +180,18 @@ class Run:
     def take_turns(
         self, group: Group, firsts: dict[str, First], workers: dict[str, Worker]
     ) -> dict[str, list[Sample]]:
-        """The samples of each candidate, in rounds."""
-        taken: dict[str, list[Sample]] = {name: [] for name in firsts}
+        """The samples of each candidate, in rounds; those from before an interruption count."""
+        keys = {name: key_of(self.head(name, group)) for name in firsts}
+        taken = {name: self.turns.get(key, [])[: self.limits.rounds] for name, key in keys.items()}
         needed = sum(max(0, first.peak_bytes) for first in firsts.values()) / 2**30
         rests = self.device == "cpu" and needed > MEMORY_SHARE * available_gib()
         for turn in range(self.limits.rounds):
             self.say(f"{group}: round {turn + 1} of {self.limits.rounds}")
-            for name in list(taken):
+            for name in [name for name, samples in taken.items() if len(samples) <= turn]:
                 try:
-                    taken[name].append(workers[name].turn(2 * self.limits.pass_seconds))
+                    sample = workers[name].turn(2 * self.limits.pass_seconds)
+                    taken[name].append(sample)
+                    append_line(self.turns_path, {"row": keys[name], "turn": sample._asdict()})
                     if rests:
                         workers[name].rest()
                 except Failure as failure:

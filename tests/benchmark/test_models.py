@@ -96,6 +96,33 @@ def test_a_run_goes_on_where_it_stopped(workers, tmp_path):
     assert workers.log == []
 
 
+def test_turns_before_an_interruption_count(workers, tmp_path, monkeypatch):
+    path, turn = tmp_path / "results.jsonl", FakeWorker.turn
+    lasting = iter([9.0, 2.0, 9.0])
+
+    def interrupted(worker, limit):
+        turn(worker, limit)
+        seconds = next(lasting, None)
+        if seconds is None:
+            raise KeyboardInterrupt
+        return Sample(seconds, 0.5, 3)
+
+    monkeypatch.setattr(FakeWorker, "turn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(path, sizes=[(10, 20)])
+    with path.with_suffix(".turns.jsonl").open("a") as stream:
+        stream.write('{"row": ')
+    monkeypatch.setattr(FakeWorker, "turn", turn)
+    workers.log.clear()
+    rows = measured(path, sizes=[(10, 20)])
+    # One round and a half were there.
+    assert [entry[1] for entry in workers.log if entry[0] == "turn"] == ["swin-t", "lf-tiny", "swin-t"]
+    assert {row["candidate"]: row["seconds"] for row in rows.values()} == {"lf-tiny": 9.0, "swin-t": 0.2}
+    assert [row["samples"] for row in rows.values()] == [3, 3]
+    measured(path, sizes=[(10, 20)])
+    assert path.with_suffix(".turns.jsonl").read_text() == ""
+
+
 def test_what_fails_is_a_row_and_is_not_tried_at_larger_sizes(workers, tmp_path):
     workers.failures["swin-t", (20, 20)] = "out of memory"
     rows = measured(tmp_path / "r.jsonl", sizes=[(10, 20), (20, 20), (30, 20)])
