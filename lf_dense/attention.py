@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import functional
 from .backends import native
 from .backends.reference import turned, whole_turns
-from .fusing import can_pool
+from .fusing import apply_linear, can_pool
 from .presets import EPS, KERNEL_SCALE, LANDMARK_GRID, NEWTON_ITERS, NORMALIZATION, TAU
 
 # The slowest rotation has 100 times the period of the fastest, which turns twice across the map.
@@ -222,7 +222,7 @@ class LaplacianAttention(nn.Module):
         """
         if table is None:
             table = RotaryTable(hw_shape, self.head_dims, x.device)
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = (apply_linear(layer, x) for layer in (self.q, self.k, self.v))
         attended = self.attend(
             self.split_and_rotate(q, table), self.split_and_rotate(k, table), self.split(v), hw_shape
         )
@@ -255,7 +255,7 @@ class LaplacianAttention(nn.Module):
         local = self.split(map_to_tokens(self.dwconv(tokens_to_map(v, hw_shape))))
         # The sum takes the layout of its first operand, so the heads return to their place without a copy of
         # their own.
-        return self.proj_drop(self.proj((local + attended).flatten(2)))
+        return self.proj_drop(apply_linear(self.proj, (local + attended).flatten(2)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The attention itself: tensors ``(B, N, heads, head_dims)`` in, one out."""

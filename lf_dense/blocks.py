@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import LaplacianAttention, RotaryTable, map_to_tokens, tokens_to_map
 from .backends import export_form, native
-from .fusing import can_be_nodes, can_fuse, can_rewrite, can_train
+from .fusing import apply_linear, can_be_nodes, can_fuse, can_rewrite, can_train
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout, nn.LayerNorm)
 
@@ -110,12 +110,12 @@ class ConvFFN(nn.Module):
 
     def whole(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The layers, one after the other, or where a gradient follows two of them as one operator."""
-        x = self.fc1(x)
+        x = apply_linear(self.fc1, x)
         if can_train(x, self.dwconv, self.act):
             x = native.conv_gelu(x.unflatten(1, hw_shape), self.dwconv).flatten(1, 2)
         else:
             x = self.act(map_to_tokens(self.dwconv(tokens_to_map(x, hw_shape))))
-        return self.drop(self.fc2(self.drop(x)))
+        return self.drop(apply_linear(self.fc2, self.drop(x)))
 
     def in_groups(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The same to rounding, group by group of hidden channels: for graphs, whose maps have any size."""
