@@ -30,9 +30,8 @@ if _operator is not None and _operator not in flop_registry:
 def is_faster() -> bool:
     """Whether oneDNN's product of float32 is the faster one on this machine.
 
-    torch multiplies by MKL, which has no AVX-512 for AMD's processors. Those from Zen 5 on have registers'
-    full width in their units, and oneDNN takes half of the time there (docs/benchmark.md). Where AVX-512 is
-    no wider than AVX2, or AVX2 is all there is, the two are about as fast as each other.
+    torch multiplies by MKL, which has no AVX-512 for AMD's processors. From Zen 5 on these multiply 512 bits
+    at once, and oneDNN takes half of MKL's time (docs/benchmark.md). With AVX2 both are about as fast.
     """
     return (
         _operator is not None

@@ -108,11 +108,13 @@ void pack_tile(const View& from, int64_t head, int64_t first, int64_t count, T* 
   kernels<T>().transpose(rows, cols, kTile, cols, transposed, kTile);
 }
 
-// Whether rows are whole vectors of words of two channels of bfloat16: half as many to transpose.
+// Whether rows from this one on are whole vectors of words of two channels of bfloat16: half as many to
+// transpose.
 template <typename T>
-bool has_words(const View& from) {
+bool has_words(const View& from, const char* row) {
   return holds<T>(DType::kFloat32) && from.dtype == DType::kBFloat16 && from.stride[3] == 1 &&
-         from.stride[2] % 2 == 0 && from.channels() % (2 * kAlign) == 0;
+         from.stride[2] % 2 == 0 && from.channels() % (2 * kAlign) == 0 &&
+         reinterpret_cast<uintptr_t>(row) % alignof(T) == 0;
 }
 
 // The latter alone: straight from the tensor where its rows lie as packed ones do, else by way of `rows`.
@@ -122,7 +124,7 @@ void transpose_tile(const View& from, int64_t head, int64_t first, int64_t count
   if (count == kTile && holds<T>(from.dtype) && from.stride[3] == 1 && cols == from.channels()) {
     kernels<T>().transpose(reinterpret_cast<const T*>(from.row(head, first)), from.stride[2], kTile, cols,
                            transposed, kTile);
-  } else if (count == kTile && has_words<T>(from)) {
+  } else if (count == kTile && has_words<T>(from, from.row(head, first))) {
     const int64_t words = from.channels() / 2;
     kernels<T>().transpose(reinterpret_cast<const T*>(from.row(head, first)), from.stride[2] / 2, kTile,
                            words, rows, kTile);

@@ -455,6 +455,19 @@ inline void with_constant(int64_t size, Run run) {
   }
 }
 
+// Calls `run` for the blocks of a product, at most MaxRows by MaxVectors, with where a block begins and its
+// size.
+template <int MaxRows, int MaxVectors, typename Run>
+inline void in_blocks(int64_t rows, int64_t vectors, Run run) {
+  in_groups<MaxVectors>(vectors, [&](int64_t vector, int64_t wide) {
+    with_constant<MaxVectors>(wide, [&]<int C>(Constant<C>) {
+      in_groups<MaxRows>(rows, [&](int64_t row, int64_t high) {
+        with_constant<MaxRows>(high, [&]<int R>(Constant<R>) { run.template operator()<R, C>(row, vector); });
+      });
+    });
+  });
+}
+
 template <typename T>
 void kernel_tile(const T* x, const T* y, int64_t y_stride, int64_t channels, int64_t m, T scale,
                  const Ahead& regions, T* out) {
@@ -513,17 +526,10 @@ template <typename T>
 inline void product_from(T* out, int64_t out_stride, const T* a, int64_t a_row, int64_t a_k, const T* b,
                          int64_t b_stride, int64_t rows, int64_t depth, int64_t cols, Start<T> start) {
   constexpr int64_t lanes = Vector<T>::lanes;
-  in_groups<4>(cols / lanes, [&](int64_t first_vector, int64_t vectors) {
-    with_constant<4>(vectors, [&]<int C>(Constant<C>) {
-      const int64_t column = first_vector * lanes;
-      in_groups<kProductRows>(rows, [&](int64_t first, int64_t size) {
-        const Start<T> here{start.bias ? start.bias + first : nullptr, start.accumulate};
-        with_constant<kProductRows>(size, [&]<int R>(Constant<R>) {
-          product_block<T, R, C>(out + first * out_stride + column, out_stride, a + first * a_row, a_row, a_k,
-                                 b + column, b_stride, depth, here);
-        });
-      });
-    });
+  in_blocks<kProductRows, 4>(rows, cols / lanes, [&]<int R, int C>(int64_t row, int64_t vector) {
+    const Start<T> here{start.bias ? start.bias + row : nullptr, start.accumulate};
+    product_block<T, R, C>(out + row * out_stride + vector * lanes, out_stride, a + row * a_row, a_row, a_k,
+                           b + vector * lanes, b_stride, depth, here);
   });
 }
 
@@ -632,32 +638,26 @@ inline vec<T> where_set(vec<T> v, const T* mask) {
   return (vec<T>)((bits)v & (bits)load(mask));
 }
 
-// One channel's convolution, see vector_kernels.h; `read` makes vectors of x, and `emit` takes each vector of
-// tokens. Loads are cheaper than shuffles of what is in registers (3 % of the operator, Zen 4).
-template <typename T, typename X, typename Read, typename Emit>
-inline void convolve(const X* x, Read read, int64_t width, const T* left, const T* right, const T* weight,
-                     T bias, int64_t tokens, Emit emit) {
-  vec<T> w[9];
-#pragma GCC unroll 9
-  for (int tap = 0; tap < 9; ++tap) w[tap] = filled(weight[tap]);
-  const vec<T> start = filled(bias);
-  for (int64_t i = 0; i < tokens; i += Vector<T>::lanes) {
-    vec<T> side[3];
-#pragma GCC unroll 3
-    for (int dx = 0; dx < 3; ++dx) {
-      const X* middle = x + i + dx - 1;
-      side[dx] = w[dx] * read(middle - width) + w[3 + dx] * read(middle) + w[6 + dx] * read(middle + width);
-    }
-    emit(i, start + side[1] + where_set<T>(side[0], left + i) + where_set<T>(side[2], right + i));
-  }
-}
-
+// Loads are cheaper than shuffles of what is in registers (3 % of the operator, Zen 4).
 template <typename T>
 void convolve_gelu(const T* x, int64_t stride, int64_t width, const T* left, const T* right, const T* weight,
                    const T* bias, int64_t channels, int64_t tokens, T* out, int64_t out_stride) {
-  for (int64_t c = 0; c < channels; ++c, out += out_stride) {
-    convolve(x + c * stride, load_unaligned<T>, width, left, right, weight + c * 9, bias[c], tokens,
-             [&](int64_t i, vec<T> sum) { store(out + i, gelu(sum)); });
+  for (int64_t c = 0; c < channels; ++c, x += stride, out += out_stride, weight += 9) {
+    vec<T> w[9];
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) w[tap] = filled(weight[tap]);
+    const vec<T> start = filled(bias[c]);
+    for (int64_t i = 0; i < tokens; i += Vector<T>::lanes) {
+      vec<T> side[3];
+#pragma GCC unroll 3
+      for (int dx = 0; dx < 3; ++dx) {
+        const T* middle = x + i + dx - 1;
+        side[dx] = w[dx] * load_unaligned(middle - width) + w[3 + dx] * load_unaligned(middle) +
+                   w[6 + dx] * load_unaligned(middle + width);
+      }
+      store(out + i,
+            gelu(start + side[1] + where_set<T>(side[0], left + i) + where_set<T>(side[2], right + i)));
+    }
   }
 }
 
@@ -922,6 +922,7 @@ void unpair(const uint32_t* words_of_two, int64_t stride, int64_t channels, int6
   }
 }
 
+// The same of both channels of each word.
 void convolve_gelu_pairs(const uint32_t* x, int64_t stride, int64_t width, const float* left,
                          const float* right, const float* weight, const float* bias, int64_t channels,
                          int64_t tokens, uint32_t* out, int64_t out_stride) {
@@ -1007,16 +1008,9 @@ inline void pairs_block(float* out, int64_t out_stride, const BFloat16* a, int64
 void pairs_linear(float* out, int64_t out_stride, const BFloat16* a, int64_t a_row, const float* bias,
                   const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t cols) {
   constexpr int64_t lanes = Vector<float>::lanes;
-  in_groups<kPairVectors>(cols / lanes, [&](int64_t first_vector, int64_t vectors) {
-    with_constant<kPairVectors>(vectors, [&]<int C>(Constant<C>) {
-      const int64_t column = first_vector * lanes;
-      in_groups<kProductRows>(rows, [&](int64_t first, int64_t size) {
-        with_constant<kProductRows>(size, [&]<int R>(Constant<R>) {
-          pairs_block<R, C>(out + first * out_stride + column, out_stride, a + first * a_row, a_row,
-                            bias ? bias + first : nullptr, b + column, b_stride, depth);
-        });
-      });
-    });
+  in_blocks<kProductRows, kPairVectors>(rows, cols / lanes, [&]<int R, int C>(int64_t row, int64_t vector) {
+    pairs_block<R, C>(out + row * out_stride + vector * lanes, out_stride, a + row * a_row, a_row,
+                      bias ? bias + row : nullptr, b + vector * lanes, b_stride, depth);
   });
 }
 
@@ -1044,16 +1038,9 @@ void pairs_linear_pairs(uint32_t* out, int64_t out_stride, const BFloat16* a, in
                         const float* bias, const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth,
                         int64_t cols) {
   constexpr int64_t lanes = Vector<float>::lanes;
-  in_groups<kPairVectors>(cols / lanes, [&](int64_t first_vector, int64_t vectors) {
-    with_constant<kPairVectors>(vectors, [&]<int C>(Constant<C>) {
-      const int64_t column = first_vector * lanes;
-      in_groups<kRowPairs>(rows / 2, [&](int64_t first, int64_t size) {
-        with_constant<kRowPairs>(size, [&]<int P>(Constant<P>) {
-          paired_block<P, C>(out + first * out_stride + column, out_stride, a + 2 * first * a_row, a_row,
-                             bias + 2 * first, b + column, b_stride, depth);
-        });
-      });
-    });
+  in_blocks<kRowPairs, kPairVectors>(rows / 2, cols / lanes, [&]<int P, int C>(int64_t pair, int64_t vector) {
+    paired_block<P, C>(out + pair * out_stride + vector * lanes, out_stride, a + 2 * pair * a_row, a_row,
+                       bias + 2 * pair, b + vector * lanes, b_stride, depth);
   });
 }
 

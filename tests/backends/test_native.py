@@ -242,6 +242,22 @@ def test_the_same_bits_every_time():
 
 
 @needs_native
+@pytest.mark.parametrize("d", [32, 48, 64])
+def test_the_same_bits_of_bfloat16_at_any_address(d):
+    """Rows of whole vectors are read as words of two channels, unless they begin within a word."""
+    inputs = make_inputs(n=150, d=d, m=49, dtype=torch.bfloat16)
+    expected = laplacian_attention(*inputs), laplacian_kernel(*(x.float() for x in (inputs[0], inputs[3])))
+    for stride, offset in ((d, 1), (d + 1, 0), (d + 2, 2)):
+        moved = []
+        for x in inputs:
+            rows = torch.empty(x[..., 0].numel() * stride + offset, dtype=x.dtype)[offset:]
+            moved.append(rows.view(*x.shape[:-1], stride)[..., :d].copy_(x))
+        assert torch.equal(laplacian_attention(*moved), expected[0])
+        kernel = laplacian_kernel(moved[0], moved[3])
+        torch.testing.assert_close(kernel.float(), expected[1], rtol=0.01, atol=1e-6)
+
+
+@needs_native
 def test_the_same_bits_on_any_number_of_threads():
     # In a process of its own: after torch.set_num_threads, torch 2.13's linalg.inv is wrong for other tests.
     code = """
