@@ -91,6 +91,13 @@ def _log_once(obstacle: str) -> None:
     )
 
 
+def _forward_mode() -> str | None:
+    """The obstacle of a call within ``torch.func.jvp`` or ``dual_level``, whose tangents operators drop."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return None
+    return "the call is in forward-mode differentiation, and they have a backward pass alone"
+
+
 @native.constant_result
 def choose_backend(argument: str | None, device: torch.device) -> str:
     """Resolve a request to ``"reference"`` or ``"native"``, by the device.
@@ -106,7 +113,7 @@ def choose_backend(argument: str | None, device: torch.device) -> str:
     requested = requested_backend(argument)
     if requested == "reference" or requested in EXPORT_FORMS:
         return requested
-    obstacle = native.obstacle(device)
+    obstacle = native.obstacle(device) or _forward_mode()
     if obstacle is None:
         return "native"
     if requested == "native":

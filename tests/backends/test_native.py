@@ -15,6 +15,7 @@ import torch
 import lf_dense
 from lf_dense import backends, info, laplacian_attention, laplacian_kernel, newton_schulz_inverse, use_backend
 from lf_dense.backends import native
+from lf_dense.blocks import ConvFFN
 from support import ROOT, instruction_sets
 from support.literal import gradients, gram, kappa, literal_attention, make_inputs, relative_error
 
@@ -239,6 +240,25 @@ def test_the_same_bits_every_time():
     first = everything()
     for _ in range(3):
         assert all(torch.equal(x, y) for x, y in zip(first, everything()))
+
+
+@needs_native
+def test_forward_mode_drops_no_tangent():
+    q, k, v, landmarks = make_inputs(dtype=torch.float32)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        # torch's cdist has no such derivative, and says so.
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            laplacian_attention(dual, k, v, landmarks)
+        with pytest.raises(RuntimeError, match="forward-mode differentiation"):
+            laplacian_attention(dual, k, v, landmarks, backend="native")
+    ffn = ConvFFN(8, 32, 0.0).eval().double()
+    x, direction = torch.randn(2, 1, 30, 8, dtype=torch.float64)
+    for gradients_too in (True, False):
+        with torch.set_grad_enabled(gradients_too):
+            _, found = torch.func.jvp(lambda tokens: ffn(tokens, (5, 6)), (x,), (direction,))
+            wanted = (ffn(x + 1e-6 * direction, (5, 6)) - ffn(x - 1e-6 * direction, (5, 6))) / 2e-6
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
 
 
 @needs_native
