@@ -51,6 +51,19 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def write_json_lines(path: str | Path, records: Iterable[object]) -> None:
+    """Write a file of JSON lines, as ``write_atomically`` does; the next line to be added begins a line."""
+    write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
+
+
+def append_json_line(path: str | Path, record: object) -> None:
+    """Add a record to a file of JSON lines; once this returns, a power cut leaves it whole."""
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write(f"{json.dumps(record)}\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def replace_all(source: Path, target: Path) -> None:
     """Move the files of a folder into another one of the same file system, each in one step."""
     umask = os.umask(0)

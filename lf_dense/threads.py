@@ -14,20 +14,14 @@ _PACKAGE = Path(__file__).resolve().parent
 _TOOLS = (_PACKAGE.parent / "tools", (_PACKAGE / ".mim" / "tools").resolve())
 
 
-def sleep_soon() -> bool:
+def sleep_soon() -> None:
     """Let idle threads sleep soon, in this process and those that it starts, where it is one of our tools.
 
     libgomp reads its environment when it is loaded, and torch brings it: this comes before torch. A program
-    that is not ours keeps what its author chose.
-
-    Returns:
-        Whether it was set. False in other programs, after torch, and where the user has set
-        ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY``.
+    that is not ours keeps its own; so does a user who has set ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY``.
     """
-    if "torch" in sys.modules or any(name in os.environ for name in _VARIABLES) or not _is_tool():
-        return False
-    os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
-    return True
+    if "torch" not in sys.modules and not any(name in os.environ for name in _VARIABLES) and _is_tool():
+        os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
 def _is_tool() -> bool:

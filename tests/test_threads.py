@@ -18,7 +18,7 @@ TOOLS = sorted(
 
 
 def spin_count(*arguments, **environment):
-    """What libgomp has read as its count when a Python process has ended; None is without libgomp."""
+    """The counts that libgomp has read in a Python process; without libgomp the test is skipped."""
     variables = {
         name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_", "LF_"))
     }

@@ -33,13 +33,14 @@ def is_faster() -> bool:
     torch multiplies by MKL, which has no AVX-512 for AMD's processors. From Zen 5 on these multiply 512 bits
     at once, and oneDNN takes half of MKL's time (docs/benchmark.md). With AVX2 both are about as fast.
     """
+    processor = _processor()
     return (
         _operator is not None
         and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and _processor().get("vendor_id") == "AuthenticAMD"
-        and int(_processor().get("cpu family", 0)) >= ZEN_5
+        and processor.get("vendor_id") == "AuthenticAMD"
+        and int(processor.get("cpu family", 0)) >= ZEN_5
     )
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UsageError
-from ..files import read_json_lines, write_atomically
+from ..files import append_json_line, read_json_lines, write_atomically, write_json_lines
 from ..memory import available_gib
 from .candidates import Settings, label_of
 from .report import Record
@@ -85,18 +84,6 @@ def read_turns(path: Path) -> dict[str, list[Sample]]:
     return turns
 
 
-def write_lines(path: Path, records: Iterable[Record]) -> None:
-    write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
-
-
-def append_line(path: Path, record: Record) -> None:
-    """Add a line that the next power cut leaves whole."""
-    with path.open("a") as stream:
-        stream.write(f"{json.dumps(record)}\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 class Run:
     """One run of the benchmark; ``rows`` are those of the file, and grow with it.
 
@@ -110,9 +97,9 @@ class Run:
         found = read_turns(self.turns_path)
         self.turns = {key: turns for key, turns in found.items() if key not in self.rows}
         # What an interruption cut off goes: lines are appended.
-        write_lines(path, self.rows.values())
+        write_json_lines(path, self.rows.values())
         lines = ((key, turn) for key, turns in self.turns.items() for turn in turns)
-        write_lines(self.turns_path, ({"row": key, "turn": turn._asdict()} for key, turn in lines))
+        write_json_lines(self.turns_path, ({"row": key, "turn": turn._asdict()} for key, turn in lines))
         self.started = time.monotonic()
         self.paces: dict[tuple[str, Settings], tuple[int, float]] = {}
         self.out: dict[tuple[str, Settings], str] = {}
@@ -135,7 +122,7 @@ class Run:
     def record(self, name: str, group: Group, **found: object) -> None:
         row = {**self.head(name, group), **found}
         self.rows[key_of(row)] = row
-        append_line(self.path, row)
+        append_json_line(self.path, row)
 
     def fail(self, name: str, group: Group, why: str, *, lasting: bool = True) -> None:
         self.record(name, group, outcome=why)
@@ -191,7 +178,7 @@ class Run:
                 try:
                     sample = workers[name].turn(2 * self.limits.pass_seconds)
                     taken[name].append(sample)
-                    append_line(self.turns_path, {"row": keys[name], "turn": sample._asdict()})
+                    append_json_line(self.turns_path, {"row": keys[name], "turn": sample._asdict()})
                     if rests:
                         workers[name].rest()
                 except Failure as failure:

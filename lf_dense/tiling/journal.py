@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
-from ..files import read_json_lines, write_atomically
+from ..files import append_json_line, read_json_lines, write_atomically, write_json_lines
 from .joining import Detections
 from .masks import PlacedMask
 
@@ -112,15 +111,12 @@ class ImageJournal:
             return []
         lines = read_json_lines(path)
         # What an interruption cut off is removed, so that the next line begins a line.
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_json_lines(path, lines)
         return [_from_json(line) for line in lines]
 
     def add(self, detections: Detections) -> None:
         """Store what was found in the next tile."""
-        with (self.folder / _DETECTIONS).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_as_json(detections)) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_json_line(self.folder / _DETECTIONS, _as_json(detections))
 
 
 def _as_json(detections: Detections) -> dict[str, Any]:
