@@ -266,10 +266,10 @@ void feed_forward(const Tokens& shape, const X* x, const LayerNorm<T>& norm, int
   const Pieces pieces(shape.batch, shape.height, shape.width, hidden, pool_threads());
   const bool cut = pieces.parts() > 1;
   const Scratch<T> partials(cut ? pieces.parts() * shape.batch * shape.each() * padded(shape.channels) : 0);
-  share_out(pieces.count(), [&](const auto& take) {
+  share_out(pieces.count(), [&](Items& items) {
     Worker<T, X, W> worker(shape, x, norm, hidden, fc1, conv, fc2, pieces, out,
                            cut ? partials.get() : nullptr);
-    for (int64_t i = take(); i >= 0; i = take()) worker.run(pieces[i]);
+    for (int64_t i = items(); i >= 0; i = items()) worker.run(pieces[i]);
   });
   if (cut) add_parts<T>(shape, x, partials, pieces.parts(), out);
 }

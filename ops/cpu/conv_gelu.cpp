@@ -89,14 +89,14 @@ void conv_gelu_gradients(const Tokens& shape, const T* grad, const T* x, const L
   const Scratch<T> taps = taps_of(conv, shape.channels, parts.blocks, false);
   const Scratch<T> transposed = taps_of(conv, shape.channels, parts.blocks, true);
   const Scratch<T> partials(parts.count * kTaps);
-  share_out(parts.count, [&](const auto& take) {
+  share_out(parts.count, [&](Items& items) {
     // Of the gradient before the GELU three rows are enough.
     const int64_t ring_row = shape.width * kChannels;
     const Scratch<T> ring(3 * ring_row);
     const auto slot = [&](int64_t y) -> T* {
       return y < 0 || y >= shape.height ? nullptr : ring + y % 3 * ring_row;
     };
-    for (int64_t index = take(); index >= 0; index = take()) {
+    for (int64_t index = items(); index >= 0; index = items()) {
       const Parts::Part part = parts[index];
       T* sums = partials + index * kTaps;
       std::fill_n(sums, kTaps, T{0});

@@ -144,18 +144,18 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
   const Chunks chunks(rows);
   const int64_t partial_size = m * cols + padded_m + cols;
   Scratch<T> partials(heads * chunks.count * partial_size);
-  share_out(solved_beside + heads * chunks.count, [&](const auto& take) {
+  share_out(solved_beside + heads * chunks.count, [&](Items& items) {
     Scratch<T> values(chunks.length * cols), tile(kTile * cols), transposed(kTile * cols), kernel(m * kTile);
     Scratch<T> lane_mass(m * kTile), negative_mean(cols), ones(chunks.length);
     std::fill_n(ones.get(), chunks.length, T{1});
-    for (int64_t next = take(); next >= 0; next = take()) {
-      if (next < solved_beside) {
-        solve(next);
+    for (Turn turn(items); turn.item >= 0; turn.advance()) {
+      if (turn.item < solved_beside) {
+        solve(turn.item);
         continue;
       }
-      const int64_t item = next - solved_beside;
-      const int64_t head = item / chunks.count, chunk = item % chunks.count;
-      const int64_t first = chunks.first(chunk), count = chunks.end(chunk) - first;
+      const int64_t item = turn.item - solved_beside;
+      const auto chunk = chunks.at(item), next_chunk = chunks.at(turn.next - solved_beside);
+      const int64_t head = chunk.head, first = chunk.first, count = chunk.end - first;
       T* sums = partials + item * partial_size;
       T* mass = sums + m * cols;
       T* mean = mass + padded_m;
@@ -172,8 +172,9 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
         const int64_t inside = std::min(kTile, count - i);
         transpose_tile<T>(k, head, first + i, inside, tile, transposed);
         Ahead ahead;
-        ahead.add(rows_ahead(k, head, first + i + kTile, kTile));
-        ahead.add(rows_ahead(v, head, first + i + chunks.length, kTile));
+        ahead.add(tile_after(k, chunk, first + i, next_chunk));
+        ahead.add(rows_ahead(v, next_chunk.head, next_chunk.first + i,
+                             std::min(kTile, next_chunk.end - next_chunk.first - i)));
         landmarks.tile(head, transposed, inside, constants.scale, ahead, kernel);
         ops.accumulate(lane_mass, kernel, m * kTile);
         ops.product(sums, cols, kernel, kTile, 1, values + i * cols, cols, m, inside, cols, true);
@@ -219,18 +220,19 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
     copy_rows<T>(inverse, padded_m, m, m, saved.inverse + head * m * m, m);
   });
 
-  share_out(heads * chunks.count, [&](const auto& take) {
+  share_out(heads * chunks.count, [&](Items& items) {
     Scratch<T> tile(kTile * cols), transposed(kTile * cols), kernel(m * kTile), mass(kTile),
         reciprocal(kTile);
-    for (int64_t item = take(); item >= 0; item = take()) {
-      const int64_t head = item / chunks.count, chunk = item % chunks.count;
+    for (Turn turn(items); turn.item >= 0; turn.advance()) {
+      const auto chunk = chunks.at(turn.item), next_chunk = chunks.at(turn.next);
+      const int64_t head = chunk.head;
       const T* values = pooled.values + head * m * cols;
       const T* mean = mean_values + head * cols;
-      for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
-        const int64_t count = std::min(kTile, chunks.end(chunk) - first);
+      for (int64_t first = chunk.first; first < chunk.end; first += kTile) {
+        const int64_t count = std::min(kTile, chunk.end - first);
         transpose_tile<T>(q, head, first, count, tile, transposed);
         Ahead ahead;
-        ahead.add(rows_ahead(q, head, first + kTile, kTile));
+        ahead.add(tile_after(q, chunk, first, next_chunk));
         ahead.add(rows_ahead(out, head, first, kTile));
         landmarks.tile(head, transposed, count, constants.scale, ahead, kernel);
         row_mass<T>(kernel, pooled.mass + head * m, m, constants.tau, mass, reciprocal);
@@ -265,13 +267,14 @@ void attention_backward(const View& grad, const View& q, const View& k, const Vi
   const Chunks chunks(rows);
   const int64_t partial_size = 2 * m * cols + padded_m + cols;
   Scratch<T> partials(heads * chunks.count * partial_size);
-  share_out(heads * chunks.count, [&](const auto& take) {
+  share_out(heads * chunks.count, [&](Items& items) {
     Scratch<T> tile(kTile * cols), transposed(kTile * cols), grads(kTile * cols), dtile(kTile * cols);
     Scratch<T> kernel(m * kTile), dkernel(m * kTile), mass(kTile), reciprocal(kTile), dmass(kTile),
         lane_dmass(m * kTile);
-    for (int64_t item = take(); item >= 0; item = take()) {
-      const int64_t head = item / chunks.count, chunk = item % chunks.count;
-      T* dvalues = partials + item * partial_size;
+    for (Turn turn(items); turn.item >= 0; turn.advance()) {
+      const auto chunk = chunks.at(turn.item), next_chunk = chunks.at(turn.next);
+      const int64_t head = chunk.head;
+      T* dvalues = partials + turn.item * partial_size;
       T* dlandmark = dvalues + m * cols;
       T* dcolumn_mass = dlandmark + m * cols;
       T* grad_sum = dcolumn_mass + padded_m;
@@ -279,11 +282,11 @@ void attention_backward(const View& grad, const View& q, const View& k, const Vi
       const T* values = pooled.values + head * m * cols;
       const T* column_mass = pooled.mass + head * m;
       lane_dmass.zeroed(m * kTile);
-      for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
-        const int64_t count = std::min(kTile, chunks.end(chunk) - first);
+      for (int64_t first = chunk.first; first < chunk.end; first += kTile) {
+        const int64_t count = std::min(kTile, chunk.end - first);
         pack_tile<T>(q, head, first, count, tile, transposed);
         Ahead ahead;
-        for (const View& wanted : {q, grad}) ahead.add(rows_ahead(wanted, head, first + kTile, kTile));
+        for (const View& wanted : {q, grad}) ahead.add(tile_after(wanted, chunk, first, next_chunk));
         ahead.add(rows_ahead(dq, head, first, kTile));
         landmarks.tile(head, transposed, count, constants.scale, ahead, kernel);
         row_mass<T>(kernel, column_mass, m, constants.tau, mass, reciprocal);
@@ -374,20 +377,21 @@ void attention_backward(const View& grad, const View& q, const View& k, const Vi
 
   // Keys and values.
   Scratch<T> key_partials(heads * chunks.count * m * cols);
-  share_out(heads * chunks.count, [&](const auto& take) {
+  share_out(heads * chunks.count, [&](Items& items) {
     Scratch<T> tile(kTile * cols), transposed(kTile * cols), values(kTile * cols), dtile(kTile * cols);
     Scratch<T> kernel(m * kTile), dkernel(m * kTile);
-    for (int64_t item = take(); item >= 0; item = take()) {
-      const int64_t head = item / chunks.count, chunk = item % chunks.count;
-      T* dlandmark = key_partials + item * m * cols;
+    for (Turn turn(items); turn.item >= 0; turn.advance()) {
+      const auto chunk = chunks.at(turn.item), next_chunk = chunks.at(turn.next);
+      const int64_t head = chunk.head;
+      T* dlandmark = key_partials + turn.item * m * cols;
       std::fill_n(dlandmark, m * cols, T{0});
       const T* head_dsums = dsums + head * m * cols;
       const T* mean = mean_values + head * cols;
-      for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
-        const int64_t count = std::min(kTile, chunks.end(chunk) - first);
+      for (int64_t first = chunk.first; first < chunk.end; first += kTile) {
+        const int64_t count = std::min(kTile, chunk.end - first);
         pack_tile<T>(k, head, first, count, tile, transposed);
         Ahead ahead;
-        for (const View& wanted : {k, v}) ahead.add(rows_ahead(wanted, head, first + kTile, kTile));
+        for (const View& wanted : {k, v}) ahead.add(tile_after(wanted, chunk, first, next_chunk));
         for (const View& wanted : {dk, dv}) ahead.add(rows_ahead(wanted, head, first, kTile));
         landmarks.tile(head, transposed, count, constants.scale, ahead, kernel);
         pack_rows<T>(v, head, first, count, kTile, values);

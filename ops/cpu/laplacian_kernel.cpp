@@ -8,6 +8,9 @@ namespace {
 
 // Columns are taken in blocks, so that a tile of the result stays in the first caches however many there are.
 constexpr int64_t kBlock = 256;
+// A result of more bytes leaves the caches before anybody reads it. It goes past them: they are not read for
+// lines that are about to be overwritten, and keep the points.
+constexpr int64_t kCached = 8 << 20;
 
 // One head's y, packed and transposed: (padded channels, padded rows).
 template <typename T>
@@ -27,30 +30,40 @@ void forward(const View& x, const View& y, T scale, const View& out) {
     Scratch<T> rows(padded_m * cols);
     pack_transposed<T>(y, head, rows, transposed + head * padded_m * cols);
   });
-  share_out(x.heads() * chunks.count, [&](const auto& take) {
-    Scratch<T> rows(kTile * cols), here(kTile * cols), columns(kBlock * kTile), result(kBlock * kTile);
-    for (int64_t item = take(); item >= 0; item = take()) {
-      const int64_t head = item / chunks.count, chunk = item % chunks.count;
-      for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
-        const int64_t count = std::min(kTile, chunks.end(chunk) - first);
-        transpose_tile<T>(x, head, first, count, rows, here);
+  const int64_t item_bytes = item_size(out.dtype), row_bytes = m * item_bytes;
+  const bool past_caches = x.heads() * x.rows() * row_bytes > kCached;
+  share_out(x.heads() * chunks.count, [&](Items& items) {
+    Scratch<T> rows(kTile * cols), here(kTile * cols), columns(kBlock * kTile), wide(kBlock * kTile);
+    Scratch<char> packed(kBlock * kTile * item_bytes);
+    for (Turn turn(items); turn.item >= 0; turn.advance()) {
+      const auto chunk = chunks.at(turn.item), next_chunk = chunks.at(turn.next);
+      for (int64_t first = chunk.first; first < chunk.end; first += kTile) {
+        const int64_t count = std::min(kTile, chunk.end - first);
+        transpose_tile<T>(x, chunk.head, first, count, rows, here);
         for (int64_t j = 0; j < m; j += kBlock) {
-          const int64_t block = std::min(kBlock, m - j), item_bytes = item_size(out.dtype);
-          char* to = out.row(head, first) + j * item_bytes;
+          const int64_t block = std::min(kBlock, m - j);
+          char* to = out.row(chunk.head, first) + j * item_bytes;
           Ahead ahead;
-          ahead.add(rows_ahead(x, head, first + kTile, kTile));
-          ahead.add({to, out.stride[2] * item_bytes, block * item_bytes, count});
-          k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale,
+          ahead.add(tile_after(x, chunk, first, next_chunk));
+          if (!past_caches) ahead.add({to, row_bytes, block * item_bytes, count});
+          k.kernel_tile(here, transposed + chunk.head * padded_m * cols + j, padded_m, channels, block, scale,
                         ahead, columns);
+          char* rows_to = past_caches ? packed.get() : to;
+          const int64_t stride = past_caches ? block : m;
           if (holds<T>(out.dtype)) {
-            k.transpose(columns, kTile, block, count, reinterpret_cast<T*>(to), out.stride[2]);
+            k.transpose(columns, kTile, block, count, reinterpret_cast<T*>(rows_to), stride);
           } else {
-            k.transpose(columns, kTile, block, count, result, padded(block));
-            k.unpack(result, count, block, padded(block), to, out.dtype, out.stride[2], out.stride[3]);
+            k.transpose(columns, kTile, block, count, wide, padded(block));
+            k.unpack(wide, count, block, padded(block), rows_to, out.dtype, stride, 1);
           }
+          if (!past_caches) continue;
+          const int64_t runs = block == m ? 1 : count, run_bytes = count / runs * block * item_bytes;
+          for (int64_t run = 0; run < runs; ++run)
+            instruction_set().stream(packed + run * run_bytes, run_bytes, to + run * row_bytes);
         }
       }
     }
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // the pool's own order leaves such stores out
   });
 }
 
@@ -65,15 +78,16 @@ void backward(const View& grad, const View& x, const View& y, T scale, const Vie
     pack_transposed<T>(y, head, there + head * padded_m * cols, transposed + head * padded_m * cols);
   });
   Scratch<T> partials(heads * chunks.count * m * cols);
-  share_out(heads * chunks.count, [&](const auto& take) {
+  share_out(heads * chunks.count, [&](Items& items) {
     Scratch<T> rows(kTile * cols), here(kTile * cols), drows(kTile * cols);
     Scratch<T> columns(kBlock * kTile), grads(kBlock * kTile), weights(kBlock * kTile);
-    for (int64_t item = take(); item >= 0; item = take()) {
-      const int64_t head = item / chunks.count, chunk = item % chunks.count;
-      T* partial = partials + item * m * cols;
+    for (Turn turn(items); turn.item >= 0; turn.advance()) {
+      const auto chunk = chunks.at(turn.item), next_chunk = chunks.at(turn.next);
+      const int64_t head = chunk.head;
+      T* partial = partials + turn.item * m * cols;
       std::fill_n(partial, m * cols, T{0});
-      for (int64_t first = chunks.first(chunk); first < chunks.end(chunk); first += kTile) {
-        const int64_t count = std::min(kTile, chunks.end(chunk) - first);
+      for (int64_t first = chunk.first; first < chunk.end; first += kTile) {
+        const int64_t count = std::min(kTile, chunk.end - first);
         pack_tile<T>(x, head, first, count, rows, here);
         drows.zeroed(kTile * cols);
         for (int64_t j = 0; j < m; j += kBlock) {
@@ -81,7 +95,7 @@ void backward(const View& grad, const View& x, const View& y, T scale, const Vie
           const int64_t item_bytes = item_size(grad.dtype), row_bytes = grad.stride[2] * item_bytes;
           const char* from = grad.row(head, first) + j * grad.stride[3] * item_bytes;
           Ahead ahead;
-          ahead.add(rows_ahead(x, head, first + kTile, kTile));
+          ahead.add(tile_after(x, chunk, first, next_chunk));
           ahead.add({from, row_bytes, grad.stride[3] == 1 ? block * item_bytes : 0, count});
           k.kernel_tile(here, transposed + head * padded_m * cols + j, padded_m, channels, block, scale,
                         ahead, columns);

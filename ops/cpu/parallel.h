@@ -32,27 +32,57 @@ class Scratch {
   std::unique_ptr<T, decltype(&std::free)> data_;
 };
 
-// Runs `worker(take)` on each thread; take() hands out 0 .. count - 1, each once and in order, and then -1.
-// Threads that are slower, or busy elsewhere, take fewer.
+// 0 .. count - 1, handed out to threads each once and in order.
+class Items {
+ public:
+  Items(int64_t count, int64_t threads) : count_(count), threads_(threads) {}
+  // -1 when all are taken.
+  int64_t operator()() {
+    const int64_t item = next_.fetch_add(1, std::memory_order_relaxed);
+    return item < count_ ? item : -1;
+  }
+  // For a thread that is still at work: -1 too where another one could go without.
+  int64_t ahead() { return left() >= threads_ ? (*this)() : -1; }
+  int64_t left() const { return count_ - next_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<int64_t> next_{0};
+  const int64_t count_, threads_;
+};
+
+// Runs `worker(items)` on each thread. Threads that are slower, or busy elsewhere, take fewer.
 template <typename Worker>
 void share_out(int64_t count, const Worker& worker) {
-  std::atomic<int64_t> next{0};
-  const auto take = [&] {
-    const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
-    return item < count ? item : int64_t{-1};
-  };
+  Items items(count, std::min(count, pool_threads()));
   // A pool may be smaller than it said: a call that comes when all is taken must not make scratch memory.
   auto run = [&] {
-    if (next.load(std::memory_order_relaxed) < count) worker(take);
+    if (items.left() > 0) worker(items);
   };
   run_on_pool(
       std::min(count, pool_threads()), [](void* state) { (*static_cast<decltype(run)*>(state))(); }, &run);
 }
 
+// What a thread works on, until it is -1, and what it works on after that, whose memory it can ask for in
+// time: -1 where it does not know. It drives a loop: a callback would have the compiler load all that it
+// captures again after every store.
+class Turn {
+ public:
+  explicit Turn(Items& items) : item(items()), next(item < 0 ? -1 : items.ahead()), items_(items) {}
+  void advance() {
+    item = next >= 0 ? next : items_();
+    next = item < 0 ? -1 : items_.ahead();
+  }
+
+  int64_t item, next;
+
+ private:
+  Items& items_;
+};
+
 template <typename Run>
 void parallel(int64_t count, const Run& run) {
-  share_out(count, [&](const auto& take) {
-    for (int64_t i = take(); i >= 0; i = take()) run(i);
+  share_out(count, [&](Items& items) {
+    for (int64_t i = items(); i >= 0; i = items()) run(i);
   });
 }
 
@@ -69,6 +99,15 @@ struct Chunks {
   }
   int64_t first(int64_t chunk) const { return chunk * length; }
   int64_t end(int64_t chunk) const { return std::min(rows, (chunk + 1) * length); }
+
+  // A head's chunk, by its number among those of all heads; empty for -1.
+  struct Stretch {
+    int64_t head, first, end;
+  };
+  Stretch at(int64_t item) const {
+    if (item < 0) return {0, 0, 0};
+    return {item / count, first(item % count), end(item % count)};
+  }
 };
 
 // Adds `count` partial arrays of `size`, `stride` apart, in order.
@@ -92,6 +131,13 @@ inline Region rows_ahead(const View& view, int64_t head, int64_t first, int64_t 
   const int64_t item = item_size(view.dtype),
                 rows = view.stride[3] == 1 ? std::min(count, view.rows() - first) : 0;
   return {view.row(head, first), view.stride[2] * item, view.channels() * item, rows};
+}
+
+// The tile after that at `first`, in this stretch or at the beginning of the next.
+inline Region tile_after(const View& view, const Chunks::Stretch& here, int64_t first,
+                         const Chunks::Stretch& next) {
+  if (first + kTile < here.end) return rows_ahead(view, here.head, first + kTile, kTile);
+  return rows_ahead(view, next.head, next.first, std::min(kTile, next.end - next.first));
 }
 
 // Whether values of this dtype are those computed with.

@@ -23,9 +23,9 @@ void share_panels(const Tokens& shape, int64_t unit, const Worker& worker) {
                 all = std::max<int64_t>(1, shape.batch * panels);
   const int64_t units = (shape.channels + unit - 1) / unit;
   const int64_t parts = std::clamp<int64_t>(kTurns * pool_threads() / all, 1, units);
-  share_out(shape.batch * panels * parts, [&](const auto& take) {
+  share_out(shape.batch * panels * parts, [&](Items& items) {
     worker([&](Panel& panel) {
-      const int64_t item = take();
+      const int64_t item = items();
       if (item < 0) return false;
       // Neighbours take other tokens and the same weights.
       const int64_t which = item / all, first = item % all % panels * kPanel;
@@ -177,10 +177,10 @@ template <typename T, typename X>
 void map_of_tokens(const Tokens& shape, const X* x, const LayerNorm<T>& norm, X* tokens, X* map) {
   const int64_t channels = shape.channels, cols = padded(channels);
   const int64_t panels = (shape.each() + kPanel - 1) / kPanel;
-  share_out(shape.batch * panels, [&](const auto& take) {
+  share_out(shape.batch * panels, [&](Items& items) {
     const Scratch<T> words(kPanel * cols), panel(kPanel * cols);
     Gathered<T, X> gathered(channels);
-    for (int64_t item = take(); item >= 0; item = take()) {
+    for (int64_t item = items(); item >= 0; item = items()) {
       const int64_t image = item / panels, first = item % panels * kPanel;
       const int64_t count = std::min(kPanel, shape.each() - first);
       const int64_t at = (image * shape.each() + first) * channels;

@@ -141,6 +141,8 @@ struct InstructionSet {
   bool (*supported)();
   Kernels<float> f32;
   Kernels<double> f64;
+  // Copies past the caches, which keep what they have. Such stores need a fence before another thread reads.
+  void (*stream)(const void* src, int64_t bytes, void* dst);
   NarrowKernels narrow;
 };
 

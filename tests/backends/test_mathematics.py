@@ -102,6 +102,21 @@ def test_kernel_rounds_like_plain_pytorch(dtype):
     assert error <= 2 * plain_error + torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(("heads", "m", "d"), [(1, 49, 8), (3, 49, 8), (3, 5, 64), (2, 301, 8), (1, 300, 33)])
+def test_a_large_result_is_that_of_its_parts(heads, m, d, dtype, each_backend):
+    """From 8 MiB on the CPU's operator writes past the caches, whatever the address of a head."""
+    if each_backend.startswith("reference"):
+        pytest.skip("the reference knows no sizes")
+    n = 9 * 2**20 // (heads * m * dtype.itemsize) | 1
+    x, y = torch.randn(heads, n, d).to(dtype), torch.randn(heads, m, d).to(dtype)
+    whole = laplacian_kernel(x, y)
+    assert whole.nbytes > 8 * 2**20
+    for first in range(0, n, 10_007):
+        part = x[:, first : first + 10_007]
+        assert torch.equal(whole[:, first : first + 10_007], laplacian_kernel(part, y))
+
+
 # The solver
 
 
