@@ -161,15 +161,15 @@ def _operators() -> Any:
 
 def _as_four(x: Tensor) -> Tensor:
     """``(..., N, d)`` as ``(B, heads, N, d)``."""
-    if x.ndim > 4:
-        return x.flatten(0, x.ndim - 4)
-    return x[(None,) * (4 - x.ndim)]
+    if x.ndim == 4:
+        return x
+    return x.flatten(0, x.ndim - 4) if x.ndim > 4 else x[(None,) * (4 - x.ndim)]
 
 
 def laplacian_kernel(x: Tensor, y: Tensor, scale: float) -> Tensor:
     """See ``lf_dense.functional.laplacian_kernel``."""
     out = _operators().laplacian_kernel(_as_four(x), _as_four(y), scale)
-    return out.reshape(*x.shape[:-1], y.shape[-2])
+    return out if x.ndim == 4 else out.reshape(*x.shape[:-1], y.shape[-2])
 
 
 def newton_schulz_inverse(w: Tensor, iters: int, eps: float) -> Tensor:
