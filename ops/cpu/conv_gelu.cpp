@@ -115,9 +115,10 @@ void conv_gelu_gradients(const Tokens& shape, const T* grad, const T* x, const L
       }
     }
   });
+  const Scratch<double> totals =
+      add_partials<T>(partials, 1, parts.count / parts.blocks, parts.blocks * kTaps);
   parallel(parts.blocks, [&](int64_t block) {
-    const Scratch<double> total(kTaps);
-    add_partials<T>(partials + block * kTaps, parts.count / parts.blocks, parts.blocks * kTaps, kTaps, total);
+    const double* total = totals + block * kTaps;
     const Parts::Part part = parts[block];
     for (int64_t c = 0; c < part.channels; ++c) {
       for (int64_t tap = 0; tap < 9; ++tap)

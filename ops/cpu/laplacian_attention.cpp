@@ -142,8 +142,8 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
 
   // Each chunk centres its values on its own mean, in the cache, so that keys and values are read once.
   const Chunks chunks(rows);
-  const int64_t partial_size = m * cols + padded_m + cols;
-  Scratch<T> partials(heads * chunks.count * partial_size);
+  Scratch<T> chunk_sums(heads * chunks.count * m * cols), chunk_masses(heads * chunks.count * m),
+      chunk_means(heads * chunks.count * cols);
   share_out(solved_beside + heads * chunks.count, [&](Items& items) {
     Scratch<T> values(chunks.length * cols), tile(kTile * cols), transposed(kTile * cols), kernel(m * kTile);
     Scratch<T> lane_mass(m * kTile), negative_mean(cols), ones(chunks.length);
@@ -156,10 +156,9 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
       const int64_t item = turn.item - solved_beside;
       const auto chunk = chunks.at(item), next_chunk = chunks.at(turn.next - solved_beside);
       const int64_t head = chunk.head, first = chunk.first, count = chunk.end - first;
-      T* sums = partials + item * partial_size;
-      T* mass = sums + m * cols;
-      T* mean = mass + padded_m;
-      std::fill_n(sums, partial_size, T{0});
+      T* sums = chunk_sums + item * m * cols;
+      std::fill_n(sums, m * cols, T{0});
+      T* mean = chunk_means + item * cols;
       pack_rows<T>(v, head, first, count, count, values);
       ops.product(mean, cols, ones, count, 1, values, cols, 1, count, cols, false);
       for (int64_t c = 0; c < cols; ++c) {
@@ -179,7 +178,7 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
         ops.accumulate(lane_mass, kernel, m * kTile);
         ops.product(sums, cols, kernel, kTile, 1, values + i * cols, cols, m, inside, cols, true);
       }
-      sum_lanes<T>(lane_mass, m, mass);
+      sum_lanes<T>(lane_mass, m, chunk_masses + item * m);
     }
   });
 
@@ -189,28 +188,26 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
     Scratch<double> mean(cols);
     mean.zeroed(cols);
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const T* chunk_mean = partials + (head * chunks.count + chunk) * partial_size + m * cols + padded_m;
+      const T* chunk_mean = chunk_means + (head * chunks.count + chunk) * cols;
       const double share = static_cast<double>(chunks.end(chunk) - chunks.first(chunk)) / rows;
       for (int64_t c = 0; c < cols; ++c) mean[c] += share * chunk_mean[c];
     }
     std::copy_n(mean.get(), cols, mean_values + head * cols);
     std::copy_n(mean.get(), channels, saved.mean_value + head * channels);
   });
+  const Scratch<double> total_sums = add_partials<T>(chunk_sums, heads, chunks.count, m * cols),
+                        total_masses = add_partials<T>(chunk_masses, heads, chunks.count, m);
   parallel(heads * m, [&](int64_t row) {
     const int64_t head = row / m, j = row % m;
+    // What each chunk's values were centred on, less the mean of all.
+    double* sum = total_sums + row * cols;
     const T* mean = mean_values + head * cols;
-    Scratch<double> sum(cols);
-    sum.zeroed(cols);
-    double mass = 0;
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const T* chunk_sums = partials + (head * chunks.count + chunk) * partial_size;
-      const T chunk_mass = chunk_sums[m * cols + j];
-      const T* chunk_mean = chunk_sums + m * cols + padded_m;
-      mass += chunk_mass;
-      for (int64_t c = 0; c < cols; ++c)
-        sum[c] += chunk_sums[j * cols + c] + chunk_mass * (chunk_mean[c] - mean[c]);
+    for (int64_t chunk = head * chunks.count; chunk < (head + 1) * chunks.count; ++chunk) {
+      const T mass = chunk_masses[chunk * m + j];
+      const T* chunk_mean = chunk_means + chunk * cols;
+      for (int64_t c = 0; c < cols; ++c) sum[c] += mass * (chunk_mean[c] - mean[c]);
     }
-    saved.mass[row] = static_cast<T>(mass / rows);
+    saved.mass[row] = static_cast<T>(total_masses[row] / rows);
     for (int64_t c = 0; c < cols; ++c) sums[row * cols + c] = static_cast<T>(sum[c] / rows);
     std::copy_n(sums + row * cols, channels, saved.sums + row * channels);
   });
@@ -322,13 +319,12 @@ void attention_backward(const View& grad, const View& q, const View& k, const Vi
   // Landmarks: through the inverse, in float64, since it amplifies by up to 1 / eps twice.
   Scratch<T> dsums(heads * m * cols), dmass(heads * padded_m), dmean(heads * cols);
   Scratch<double> dlandmark_sums(heads * m * cols);
+  const Scratch<double> totals = add_partials<T>(partials, heads, chunks.count, partial_size);
   parallel(heads, [&](int64_t head) {
     const Kernels<double>& wide = kernels<double>();
-    Scratch<double> total(partial_size), inverse_t(m * padded_m), product(m * padded_m), dgram(m * padded_m);
+    Scratch<double> inverse_t(m * padded_m), product(m * padded_m), dgram(m * padded_m);
     Scratch<double> sums_t(cols * padded_m), result(m * cols);
-    add_partials<T>(partials + head * chunks.count * partial_size, chunks.count, partial_size, partial_size,
-                    total);
-    const double* dvalues = total;
+    const double* dvalues = totals + head * partial_size;
     const double* dlandmark = dvalues + m * cols;
     const double* dcolumn_mass = dlandmark + m * cols;
     const double* grad_sum = dcolumn_mass + padded_m;
@@ -422,11 +418,11 @@ void attention_backward(const View& grad, const View& q, const View& k, const Vi
       }
     }
   });
+  const Scratch<double> key_totals = add_partials<T>(key_partials, heads, chunks.count, m * cols);
   parallel(heads, [&](int64_t head) {
     const int64_t size = m * cols;
-    Scratch<double> total(size);
+    const double* total = key_totals + head * size;
     Scratch<T> narrow(size);
-    add_partials<T>(key_partials + head * chunks.count * size, chunks.count, size, size, total);
     for (int64_t i = 0; i < size; ++i) narrow[i] = static_cast<T>(total[i] + dlandmark_sums[head * size + i]);
     unpack_rows<T>(narrow, dlandmarks, head, 0, m);
   });

@@ -109,11 +109,10 @@ void backward(const View& grad, const View& x, const View& y, T scale, const Vie
       }
     }
   });
+  const Scratch<double> sums = add_partials<T>(partials, heads, chunks.count, m * cols);
   parallel(heads, [&](int64_t head) {
-    Scratch<double> sum(m * cols);
     Scratch<T> total(m * cols);
-    add_partials<T>(partials + head * chunks.count * m * cols, chunks.count, m * cols, m * cols, sum);
-    std::copy_n(sum.get(), m * cols, total.get());
+    std::copy_n(sums + head * m * cols, m * cols, total.get());
     unpack_rows<T>(total, dy, head, 0, m);
   });
 }
