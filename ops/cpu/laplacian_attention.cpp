@@ -195,19 +195,20 @@ void attention_forward(const View& q, const View& k, const View& v, const View& 
     std::copy_n(mean.get(), cols, mean_values + head * cols);
     std::copy_n(mean.get(), channels, saved.mean_value + head * channels);
   });
-  const Scratch<double> total_sums = add_partials<T>(chunk_sums, heads, chunks.count, m * cols),
-                        total_masses = add_partials<T>(chunk_masses, heads, chunks.count, m);
+  const Scratch<double> total_sums = add_partials<T>(chunk_sums, heads, chunks.count, m * cols);
   parallel(heads * m, [&](int64_t row) {
     const int64_t head = row / m, j = row % m;
     // What each chunk's values were centred on, less the mean of all.
     double* sum = total_sums + row * cols;
+    double total_mass = 0;
     const T* mean = mean_values + head * cols;
     for (int64_t chunk = head * chunks.count; chunk < (head + 1) * chunks.count; ++chunk) {
       const T mass = chunk_masses[chunk * m + j];
       const T* chunk_mean = chunk_means + chunk * cols;
+      total_mass += mass;
       for (int64_t c = 0; c < cols; ++c) sum[c] += mass * (chunk_mean[c] - mean[c]);
     }
-    saved.mass[row] = static_cast<T>(total_masses[row] / rows);
+    saved.mass[row] = static_cast<T>(total_mass / rows);
     for (int64_t c = 0; c < cols; ++c) sums[row * cols + c] = static_cast<T>(sum[c] / rows);
     std::copy_n(sums + row * cols, channels, saved.sums + row * channels);
   });
