@@ -35,6 +35,7 @@ SHARED_SOURCES = (
     "cpu/laplacian_attention.cpp",
     "cpu/projections.cpp",
     "cpu/conv_ffn.cpp",
+    "cpu/narrow_layers.cpp",
     "cpu/instruction_set.cpp",
 )
 MIN_ONNXRUNTIME_API = 17  # of onnxruntime 1.17

@@ -1,8 +1,7 @@
 // Whole layers of a block without gradients: each reads its tokens once.
 //
-// T is what is computed in, float or double; W is the type of the products' weights, and of queries, keys and
-// values: T, or BFloat16 beside float. X is the type of the residual tokens: T, or BFloat16 beside its
-// weights.
+// T is what is computed in, float or double. Layers of the same type take tokens in panels, (channels,
+// kPanel); those of bfloat16 weights take them as they lie, X being float or BFloat16.
 #pragma once
 
 #include <algorithm>
@@ -48,9 +47,13 @@ struct Rotation {
 };
 
 // Queries, keys and values of norm(x), each laid out as x; queries and keys turned.
-template <typename T, typename X = T, typename W = T>
-void heads_of(const Tokens& shape, const X* x, const LayerNorm<T>& norm, const Linear<T, W> (&layers)[3],
-              const Rotation<T>& rotation, W* const (&out)[3]);
+template <typename T>
+void heads_of(const Tokens& shape, const T* x, const LayerNorm<T>& norm, const Linear<T> (&layers)[3],
+              const Rotation<T>& rotation, T* const (&out)[3]);
+template <typename X>
+void heads_of(const Tokens& shape, const X* x, const LayerNorm<float>& norm,
+              const Linear<float, BFloat16> (&layers)[3], const Rotation<float>& rotation,
+              BFloat16* const (&out)[3]);
 
 // Tokens averaged over a grid of cells, which no map has fewer rows or columns than: cell i of n covers
 // floor(i size / n) to ceil((i + 1) size / n). out (batch, rows * columns, channels).
@@ -58,15 +61,22 @@ template <typename T, typename W = T>
 void pooled(const Tokens& shape, const W* x, int64_t rows, int64_t columns, W* out);
 
 // x + proj(attended + conv(values)).
-template <typename T, typename X = T, typename W = T>
-void tokens_of_heads(const Tokens& shape, const X* x, const W* attended, const W* values,
-                     const Linear<T>& conv, const Linear<T, W>& proj, X* out);
+template <typename T>
+void tokens_of_heads(const Tokens& shape, const T* x, const T* attended, const T* values,
+                     const Linear<T>& conv, const Linear<T>& proj, T* out);
+template <typename X>
+void tokens_of_heads(const Tokens& shape, const X* x, const BFloat16* attended, const BFloat16* values,
+                     const Linear<float>& conv, const Linear<float, BFloat16>& proj, X* out);
 
 // x + fc2(GELU(conv(fc1(norm(x))))), `hidden` channels wide inside. Nothing of that width is there as a
 // whole.
-template <typename T, typename X = T, typename W = T>
-void feed_forward(const Tokens& shape, const X* x, const LayerNorm<T>& norm, int64_t hidden,
-                  const Linear<T, W>& fc1, const Linear<T>& conv, const Linear<T, W>& fc2, X* out);
+template <typename T>
+void feed_forward(const Tokens& shape, const T* x, const LayerNorm<T>& norm, int64_t hidden,
+                  const Linear<T>& fc1, const Linear<T>& conv, const Linear<T>& fc2, T* out);
+template <typename X>
+void feed_forward(const Tokens& shape, const X* x, const LayerNorm<float>& norm, int64_t hidden,
+                  const Linear<float, BFloat16>& fc1, const Linear<float>& conv,
+                  const Linear<float, BFloat16>& fc2, X* out);
 
 // GELU(conv(x)) of a map, for training, and the gradients; a weight's are in its own order.
 template <typename T>
@@ -76,8 +86,10 @@ void conv_gelu_gradients(const Tokens& shape, const T* grad, const T* x, const L
                          T* dweight, T* dbias);
 
 // norm(x): as tokens, and as a map (batch, channels, height, width) unless that is null.
-template <typename T, typename X = T>
-void map_of_tokens(const Tokens& shape, const X* x, const LayerNorm<T>& norm, X* tokens, X* map);
+template <typename T>
+void map_of_tokens(const Tokens& shape, const T* x, const LayerNorm<T>& norm, T* tokens, T* map);
+void map_of_tokens(const Tokens& shape, const BFloat16* x, const LayerNorm<float>& norm, BFloat16* tokens,
+                   BFloat16* map);
 
 // Parts of `size` as equal as can be: where part `index` of `count` begins.
 inline int64_t part(int64_t size, int64_t count, int64_t index) { return size * index / count; }
@@ -97,6 +109,16 @@ constexpr DType dtype_named = std::is_same_v<W, double>  ? DType::kFloat64
                               : std::is_same_v<W, float> ? DType::kFloat32
                                                          : DType::kBFloat16;
 
+// A depthwise convolution's weight (channels, 9) as (9, channels).
+template <typename T>
+Scratch<T> by_tap(const Linear<T>& conv, int64_t channels) {
+  Scratch<T> taps(9 * channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t tap = 0; tap < 9; ++tap) taps[tap * channels + c] = conv.weight[c * 9 + tap];
+  }
+  return taps;
+}
+
 // Packed rows into (cols, kPanel); the last vector of tokens is filled up with zeros.
 template <typename T>
 void panel_of_rows(T* rows, int64_t count, int64_t cols, T* panel) {
@@ -106,14 +128,14 @@ void panel_of_rows(T* rows, int64_t count, int64_t cols, T* panel) {
 }
 
 // Tokens on their way into a panel: gathered as rows.
-template <typename T, typename X>
+template <typename T>
 class Gathered {
  public:
   explicit Gathered(int64_t channels) : channels_(channels), cols_(padded(channels)), rows_(kPanel * cols_) {}
 
   // `count` contiguous tokens, as rows `first` and on.
-  void set(const X* x, int64_t first, int64_t count) {
-    kernels<T>().pack(x, dtype_named<X>, channels_, 1, count, count, channels_, cols_, rows_ + first * cols_);
+  void set(const T* x, int64_t first, int64_t count) {
+    kernels<T>().pack(x, dtype_named<T>, channels_, 1, count, count, channels_, cols_, rows_ + first * cols_);
   }
 
   // The first `count` rows, as a panel (channels, kPanel) and zeros to fill up the last vector.
@@ -123,124 +145,5 @@ class Gathered {
   int64_t channels_, cols_;
   Scratch<T> rows_;
 };
-
-// Words of two channels are half as many to transpose.
-template <>
-class Gathered<float, BFloat16> {
- public:
-  explicit Gathered(int64_t channels)
-      : words_(channels / 2), cols_(padded(words_)), rows_(kPanel * cols_), transposed_(cols_ * kPanel) {
-    rows_.zeroed(kPanel * cols_);
-  }
-
-  void set(const BFloat16* x, int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; ++i)
-      std::memcpy(rows_ + (first + i) * cols_, x + i * 2 * words_, words_ * sizeof(float));
-  }
-
-  void to_panel(int64_t count, float* panel) {
-    panel_of_rows<float>(rows_, count, cols_, transposed_);
-    instruction_set().narrow.unpair(reinterpret_cast<const uint32_t*>(transposed_.get()), kPanel, 2 * words_,
-                                    padded(count), panel, kPanel);
-  }
-
- private:
-  int64_t words_, cols_;
-  Scratch<float> rows_, transposed_;  // never computed with
-};
-
-// A panel of tokens as products with weights of type W take it.
-template <typename T, typename W>
-class Factor {
- public:
-  // Activations between two layers, of so many channels each.
-  using Held = T;
-  static constexpr int64_t kHeld = 1;
-
-  // `most_channels` is 0 where every panel comes by set().
-  explicit Factor(int64_t most_channels) : active_(most_channels * kPanel) {}
-
-  // A panel (channels, kPanel), which has to stay.
-  void set(const T* panel, int64_t channels, int64_t tokens) {
-    panel_ = panel;
-    channels_ = channels;
-    tokens_ = tokens;
-  }
-
-  // GELU of a convolution, see vector_kernels.h.
-  void set_active(const Held* x, int64_t stride, int64_t width, const T* left, const T* right,
-                  const Linear<T>& conv, int64_t channels, int64_t tokens) {
-    kernels<T>().convolve_gelu(x, stride, width, left, right, conv.weight, conv.bias, channels, tokens,
-                               active_, kPanel);
-    set(active_, channels, tokens);
-  }
-
-  // out (rows, tokens) = bias + weight panel; without a bias it adds to what is there.
-  void product(const T* weight, int64_t weight_row, const T* bias, int64_t rows, T* out,
-               int64_t out_stride) const {
-    if (bias) {
-      kernels<T>().linear(out, out_stride, weight, weight_row, bias, panel_, kPanel, rows, channels_,
-                          tokens_);
-    } else {
-      kernels<T>().product(out, out_stride, weight, weight_row, 1, panel_, kPanel, rows, channels_, tokens_,
-                           true);
-    }
-  }
-
-  void held_product(const T* weight, int64_t weight_row, const T* bias, int64_t rows, Held* out,
-                    int64_t out_stride) const {
-    product(weight, weight_row, bias, rows, out, out_stride);
-  }
-
- private:
-  Scratch<T> active_;
-  const T* panel_ = nullptr;
-  int64_t channels_ = 0, tokens_ = 0;
-};
-
-// Rounded to words of two channels; their number is even.
-template <>
-class Factor<float, BFloat16> {
- public:
-  using Held = uint32_t;
-  static constexpr int64_t kHeld = 2;
-
-  explicit Factor(int64_t most_channels) : words_(most_channels / 2 * kPanel) {}
-
-  void set(const float* panel, int64_t channels, int64_t tokens) {
-    instruction_set().narrow.pair(panel, kPanel, channels, tokens, words_, kPanel);
-    channels_ = channels;
-    tokens_ = tokens;
-  }
-
-  void set_active(const Held* x, int64_t stride, int64_t width, const float* left, const float* right,
-                  const Linear<float>& conv, int64_t channels, int64_t tokens) {
-    instruction_set().narrow.convolve_gelu(x, stride, width, left, right, conv.weight, conv.bias, channels,
-                                           tokens, words_, kPanel);
-    channels_ = channels;
-    tokens_ = tokens;
-  }
-
-  void product(const BFloat16* weight, int64_t weight_row, const float* bias, int64_t rows, float* out,
-               int64_t out_stride) const {
-    instruction_set().narrow.linear(out, out_stride, weight, weight_row, bias, words_, kPanel, rows,
-                                    channels_, tokens_);
-  }
-
-  void held_product(const BFloat16* weight, int64_t weight_row, const float* bias, int64_t rows, Held* out,
-                    int64_t out_stride) const {
-    instruction_set().narrow.linear_pairs(out, out_stride, weight, weight_row, bias, words_, kPanel, rows,
-                                          channels_, tokens_);
-  }
-
- private:
-  Scratch<uint32_t> words_;
-  int64_t channels_ = 0, tokens_ = 0;
-};
-
-// Instantiates `define(T, X, W)` for every combination that there is.
-#define LF_FOR_LAYER_TYPES(define)                                                          \
-  define(float, float, float) define(double, double, double) define(float, float, BFloat16) \
-      define(float, BFloat16, BFloat16)
 
 }  // namespace lf

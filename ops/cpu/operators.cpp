@@ -166,10 +166,9 @@ std::tuple<Tensor, Tensor, Tensor> project_heads(const Tensor& x, const Tensor& 
   Tensor q = heads(), k = heads(), v = heads();
   with_layer_types(x, q_weight, [&]<typename T, typename X, typename W>(T, X, W) {
     const LayerNorm<T> norm{data<T>(norm_weight), data<T>(norm_bias), static_cast<T>(eps)};
-    heads_of<T, X, W>(
-        shape, data<X>(x), norm,
-        {layer<T, W>(q_weight, q_bias), layer<T, W>(k_weight, k_bias), layer<T, W>(v_weight, v_bias)},
-        {data<T>(rows), data<T>(columns), pairs}, {data<W>(q), data<W>(k), data<W>(v)});
+    heads_of(shape, data<X>(x), norm,
+             {layer<T, W>(q_weight, q_bias), layer<T, W>(k_weight, k_bias), layer<T, W>(v_weight, v_bias)},
+             {data<T>(rows), data<T>(columns), pairs}, {data<W>(q), data<W>(k), data<W>(v)});
   });
   return {q, k, v};
 }
@@ -204,9 +203,8 @@ Tensor merge_heads(const Tensor& x, const Tensor& attended, const Tensor& values
   check_layer(proj_weight, proj_bias, type, wide, shape.channels, shape.channels);
   Tensor out = torch::stable::empty_like(x);
   with_layer_types(x, proj_weight, [&]<typename T, typename X, typename W>(T, X, W) {
-    tokens_of_heads<T, X, W>(shape, data<X>(x), data<W>(attended), data<W>(values),
-                             layer<T>(conv_weight, conv_bias), layer<T, W>(proj_weight, proj_bias),
-                             data<X>(out));
+    tokens_of_heads(shape, data<X>(x), data<W>(attended), data<W>(values), layer<T>(conv_weight, conv_bias),
+                    layer<T, W>(proj_weight, proj_bias), data<X>(out));
   });
   return out;
 }
@@ -226,8 +224,8 @@ Tensor conv_ffn(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_b
   Tensor out = torch::stable::empty_like(x);
   with_layer_types(x, fc1_weight, [&]<typename T, typename X, typename W>(T, X, W) {
     const LayerNorm<T> norm{data<T>(norm_weight), data<T>(norm_bias), static_cast<T>(eps)};
-    feed_forward<T, X, W>(shape, data<X>(x), norm, hidden, layer<T, W>(fc1_weight, fc1_bias),
-                          layer<T>(conv_weight, conv_bias), layer<T, W>(fc2_weight, fc2_bias), data<X>(out));
+    feed_forward(shape, data<X>(x), norm, hidden, layer<T, W>(fc1_weight, fc1_bias),
+                 layer<T>(conv_weight, conv_bias), layer<T, W>(fc2_weight, fc2_bias), data<X>(out));
   });
   return out;
 }
@@ -319,8 +317,8 @@ std::tuple<Tensor, Tensor> norm_to_map(const Tensor& x, const Tensor& norm_weigh
                   "lf_dense: bfloat16 tokens take an even number of channels, and here are ", shape.channels,
                   ".");
   with_token_types(x, [&]<typename T, typename X>(T, X) {
-    map_of_tokens<T, X>(shape, data<X>(x), {data<T>(norm_weight), data<T>(norm_bias), static_cast<T>(eps)},
-                        data<X>(tokens), with_map ? data<X>(map) : nullptr);
+    map_of_tokens(shape, data<X>(x), {data<T>(norm_weight), data<T>(norm_bias), static_cast<T>(eps)},
+                  data<X>(tokens), with_map ? data<X>(map) : nullptr);
   });
   return {tokens, map};
 }

@@ -159,10 +159,19 @@ inline vec<float> load_wide(const BFloat16* p) {
   return (vec<float>)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
 }
 
+// A constant in every lane, read where it is used: in a register throughout a product it would push a sum out
+// of its own.
+inline words fetched(const uint32_t& constant) {
+  const uint32_t* from = &constant;
+  asm volatile("" : "+r"(from));
+  return words{} + *from;
+}
+
 // Rounded to bfloat16, which is the upper half of a word; the lower is anything.
 inline words rounded(vec<float> x) {
+  static constexpr uint32_t kHalf = 0x7FFF, kOne = 1, kNaN = 0x7FC00000;
   const words u = (words)x;
-  return x == x ? u + 0x7FFF + ((u >> 16) & 1) : (words{} + 0x7FC00000);
+  return x == x ? u + fetched(kHalf) + ((u >> 16) & fetched(kOne)) : fetched(kNaN);
 }
 
 inline void store_wide(BFloat16* p, vec<float> v) {
@@ -387,7 +396,9 @@ constexpr int kKernelRows = kRegisters == 32 ? 12 : kFused ? 3 : 5;
 constexpr int kSignRows = kRegisters == 32 ? 12 : 5;
 constexpr int kProductRows = kRegisters == 32 ? 6 : 3;
 constexpr int kPairVectors = kRegisters == 32 ? 4 : 2;
-constexpr int kRowPairs = kRegisters == 32 ? 3 : 2;
+constexpr int kPairTokens = kRegisters == 32 ? 6 : 4;
+constexpr int kNormTokens = 8;
+constexpr int kConvTokens = kRegisters == 32 ? 6 : 3;
 
 // Prefetches at most one cache line at each call: spread over all of the arithmetic, memory costs next to
 // nothing; in one burst it stalls.
@@ -604,13 +615,6 @@ constexpr NormalDistribution<5> kNormal = {
      3.9894222157e-1f},
     {1.1802104818e-6f, 7.5101829459e-5f, 1.9129773683e-3f, 2.8940081261e-2f, 2.5283381088e-1f},
 };
-// To 3e-6, for what is rounded to bfloat16 next.
-constexpr NormalDistribution<3> kRoughNormal = {
-    4.6f,
-    {3.2756193244e-05f, 3.8170435711e-03f, 2.7672715297e-02f, 3.9892538544e-01f},
-    {1.1542078104e-03f, 2.3914156919e-02f, 2.3596743347e-01f},
-};
-
 // x within [-limit, limit]; NaN stays NaN.
 inline vec<float> clamped(vec<float> x, float limit) {
 #if defined(__AVX512F__)
@@ -645,6 +649,73 @@ inline vec<float> gelu(vec<float> x, const NormalDistribution<degree>& normal) {
 }
 
 inline vec<float> gelu(vec<float> x) { return gelu(x, kNormal); }
+
+#if defined(__AVX512F__)
+// GELU(x) is max(x, 0) less |x| Phi(-|x|), which is 0 beyond kEnd. A cubic for each of 16 segments of it lies
+// in registers: a shuffle looks coefficients up.
+struct Cubics {
+  static constexpr int kSegments = 16;
+  static constexpr double kEnd = 4.65, kWidth = kEnd / (kSegments - 1);
+  alignas(64) float power[4][kSegments] = {};
+
+  constexpr Cubics() {
+    for (int segment = 0; segment < kSegments; ++segment) {
+      const bool last = segment == kSegments - 1;
+      const double from = segment == 0 ? 0 : (segment - 0.5) * kWidth,
+                   to = last ? kEnd : (segment + 0.5) * kWidth;
+      // Chebyshev's points, but at both ends the values are those beyond: 0.
+      constexpr double kPoints[4] = {-0.92387953251128674, -0.38268343236508977, 0.38268343236508977,
+                                     0.92387953251128674};
+      double x[4] = {}, slope[4] = {}, sum[4] = {};
+      for (int n = 0; n < 4; ++n) x[n] = (from + to) / 2 + (to - from) / 2 * kPoints[n];
+      if (segment == 0) x[0] = 0;
+      if (last) x[3] = kEnd;
+      for (int n = 0; n < 4; ++n) slope[n] = last && n == 3 ? 0 : tail(x[n]);
+      // Newton's interpolation, multiplied out.
+      for (int order = 1; order < 4; ++order) {
+        for (int n = 3; n >= order; --n) slope[n] = (slope[n] - slope[n - 1]) / (x[n] - x[n - order]);
+      }
+      for (int n = 3; n >= 0; --n) {
+        for (int k = 3; k > 0; --k) sum[k] = sum[k - 1] - x[n] * sum[k];
+        sum[0] = slope[n] - x[n] * sum[0];
+      }
+      for (int k = 0; k < 4; ++k) power[k][segment] = static_cast<float>(sum[k]);
+    }
+  }
+
+  // t Phi(-t), by the series of Phi.
+  static constexpr double tail(double t) {
+    double term = t, sum = t;
+    for (int n = 1; n < 80; ++n) {
+      term *= -t * t / (2 * n);
+      sum += term / (2 * n + 1);
+    }
+    return t * (0.5 - 0.39894228040143267794 * sum);
+  }
+};
+constexpr Cubics kCubics;
+
+// To 1e-5, for what is rounded to bfloat16 next. NaN stays NaN.
+inline vec<float> rough_gelu(vec<float> x) {
+  const __m512 t = _mm512_maskz_min_ps(0xFFFF, _mm512_set1_ps(Cubics::kEnd), (__m512)absolute<float>(x));
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits, and the shuffle takes four of them.
+  const __m512i segment = (__m512i)((vec<float>)t * static_cast<float>(1 / Cubics::kWidth) + 12582912.0f);
+  const auto power = [&](int k) {
+    return (vec<float>)_mm512_maskz_permutexvar_ps(0xFFFF, segment, (__m512)load(kCubics.power[k]));
+  };
+  const vec<float> u = (vec<float>)t, below = ((power(3) * u + power(2)) * u + power(1)) * u + power(0);
+  return (vec<float>)_mm512_maskz_max_ps(0xFFFF, (__m512)x, (__m512)vec<float>{}) - below;
+}
+#else
+// To 3e-6.
+constexpr NormalDistribution<3> kRoughNormal = {
+    4.6f,
+    {3.2756193244e-05f, 3.8170435711e-03f, 2.7672715297e-02f, 3.9892538544e-01f},
+    {1.1542078104e-03f, 2.3914156919e-02f, 2.3596743347e-01f},
+};
+
+inline vec<float> rough_gelu(vec<float> x) { return gelu(x, kRoughNormal); }
+#endif
 
 inline vec<double> gelu(vec<double> x) {
   for (int lane = 0; lane < Vector<double>::lanes; ++lane)
@@ -714,6 +785,13 @@ struct Lanes {
       store_unaligned(p, v);
     } else {
       __builtin_memcpy(p, &v, count * sizeof(T));
+    }
+  }
+  void store_narrow(BFloat16* p, vec<T> v) const {
+    if constexpr (full) {
+      store_wide(p, v);
+    } else {
+      for (int64_t lane = 0; lane < count; ++lane) narrow_to(v[lane], p[lane]);
     }
   }
 };
@@ -875,34 +953,93 @@ void normalize(T* panel, int64_t stride, int64_t channels, int64_t tokens, const
   }
 }
 
+// A token's channels from `begin` on, with whatever neighbours it has; see vector_kernels.h.
+template <typename T, typename X>
+inline void convolve_add_token(const X* map, int64_t height, int64_t width, int64_t row, int64_t column,
+                               const T* weight, const T* bias, const X* added, int64_t begin,
+                               int64_t channels, int64_t cols, T* out) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  const X* near[9];
+  const T* by[9];
+  int taps = 0;
+  for (int64_t y = row - 1; y <= row + 1; ++y) {
+    for (int64_t x = column - 1; x <= column + 1; ++x) {
+      if (y < 0 || y >= height || x < 0 || x >= width) continue;
+      near[taps] = map + (y * width + x) * channels;
+      by[taps++] = weight + ((y - row + 1) * 3 + x - column + 1) * channels;
+    }
+  }
+  int64_t c = begin;
+  for (; c + lanes <= channels; c += lanes) {
+    vec<T> sum = load_wide(added + c) + load_unaligned(bias + c);
+    for (int tap = 0; tap < taps; ++tap) sum += load_unaligned(by[tap] + c) * load_wide(near[tap] + c);
+    store(out + c, sum);
+  }
+  for (; c < channels; ++c) {
+    T sum = widened(added[c]) + bias[c];
+    for (int tap = 0; tap < taps; ++tap) sum += by[tap][c] * widened(near[tap][c]);
+    out[c] = sum;
+  }
+  for (; c < cols; ++c) out[c] = 0;
+}
+
+// P tokens with neighbours at both sides share what they load: whole vectors of their channels. A line is
+// null outside of the map; returns where the rest begins.
+template <typename T, typename X, int P>
+inline int64_t convolve_add_tokens(const X* const (&lines)[3], const T* weight, const T* bias, const X* added,
+                                   int64_t channels, int64_t cols, T* out) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  int64_t c = 0;
+  for (; c + lanes <= channels; c += lanes) {
+    const vec<T> start = load_unaligned(bias + c);
+    vec<T> sum[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) sum[p] = load_wide(added + p * channels + c) + start;
+#pragma GCC unroll 3
+    for (int line = 0; line < 3; ++line) {
+      if (!lines[line]) continue;
+      vec<T> w[3];
+#pragma GCC unroll 3
+      for (int tap = 0; tap < 3; ++tap) w[tap] = load_unaligned(weight + (line * 3 + tap) * channels + c);
+#pragma GCC unroll 6
+      for (int i = 0; i < P + 2; ++i) {
+        const vec<T> here = load_wide(lines[line] + (i - 1) * channels + c);
+#pragma GCC unroll 3
+        for (int tap = 0; tap < 3; ++tap) {
+          if (i - tap >= 0 && i - tap < P) sum[i - tap] += w[tap] * here;
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) store(out + p * cols + c, sum[p]);
+  }
+  return c;
+}
+
 template <typename T, typename X>
 void convolve_add(const X* map, int64_t height, int64_t width, int64_t first, int64_t count, const T* weight,
                   const T* bias, const X* added, int64_t channels, int64_t cols, T* out) {
-  constexpr int64_t lanes = Vector<T>::lanes;
-  for (int64_t i = 0; i < count; ++i, added += channels, out += cols) {
+  const auto one = [&](int64_t i, int64_t begin) {
+    convolve_add_token<T, X>(map, height, width, (first + i) / width, (first + i) % width, weight, bias,
+                             added + i * channels, begin, channels, cols, out + i * cols);
+  };
+  for (int64_t i = 0; i < count;) {
     const int64_t row = (first + i) / width, column = (first + i) % width;
-    const X* near[9];
-    const T* by[9];
-    int taps = 0;
-    for (int64_t y = row - 1; y <= row + 1; ++y) {
-      for (int64_t x = column - 1; x <= column + 1; ++x) {
-        if (y < 0 || y >= height || x < 0 || x >= width) continue;
-        near[taps] = map + (y * width + x) * channels;
-        by[taps++] = weight + ((y - row + 1) * 3 + x - column + 1) * channels;
-      }
-    }
-    int64_t c = 0;
-    for (; c + lanes <= channels; c += lanes) {
-      vec<T> sum = load_wide(added + c) + load_unaligned(bias + c);
-      for (int tap = 0; tap < taps; ++tap) sum += load_unaligned(by[tap] + c) * load_wide(near[tap] + c);
-      store(out + c, sum);
-    }
-    for (; c < channels; ++c) {
-      T sum = widened(added[c]) + bias[c];
-      for (int tap = 0; tap < taps; ++tap) sum += by[tap][c] * widened(near[tap][c]);
-      out[c] = sum;
-    }
-    for (; c < cols; ++c) out[c] = 0;
+    const int64_t inner = column == 0 || column == width - 1 ? 0
+                          : width - 1 - column < count - i   ? width - 1 - column
+                                                             : count - i;
+    if (inner == 0) one(i++, 0);
+    in_groups<kPixels>(inner, [&](int64_t at, int64_t size) {
+      with_constant<kPixels>(size, [&]<int P>(Constant<P>) {
+        const X* here = map + (first + i + at) * channels;
+        const X* const lines[3] = {row > 0 ? here - width * channels : nullptr, here,
+                                   row < height - 1 ? here + width * channels : nullptr};
+        const int64_t whole = convolve_add_tokens<T, X, P>(lines, weight, bias, added + (i + at) * channels,
+                                                           channels, cols, out + (i + at) * cols);
+        for (int64_t p = 0; whole < cols && p < P; ++p) one(i + at + p, whole);
+      });
+    });
+    i += inner;
   }
 }
 
@@ -924,7 +1061,8 @@ inline words paired(vec<float> low, vec<float> high) {
   const words order = 0x100000 + 0x10001 * words{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return (words)_mm512_permutexvar_epi16((__m512i)order, both);
 #else
-  return (rounded(high) & 0xFFFF0000) | (rounded(low) >> 16);
+  static constexpr uint32_t kUpper = 0xFFFF0000;
+  return (rounded(high) & fetched(kUpper)) | (rounded(low) >> 16);
 #endif
 }
 
@@ -937,14 +1075,6 @@ inline vec<float> lower(words both) { return (vec<float>)(both << 16); }
 inline vec<float> upper(words both) { return (vec<float>)(both & 0xFFFF0000); }
 inline void store_words(uint32_t* p, words v) { *reinterpret_cast<words*>(p) = v; }
 
-void pair(const float* x, int64_t stride, int64_t channels, int64_t tokens, uint32_t* out,
-          int64_t out_stride) {
-  for (int64_t c = 0; c < channels; c += 2, x += 2 * stride, out += out_stride) {
-    for (int64_t i = 0; i < tokens; i += Vector<float>::lanes)
-      store_words(out + i, paired(load(x + i), load(x + stride + i)));
-  }
-}
-
 void unpair(const uint32_t* words_of_two, int64_t stride, int64_t channels, int64_t tokens, float* out,
             int64_t out_stride) {
   for (int64_t c = 0; c < channels; c += 2, words_of_two += stride, out += 2 * out_stride) {
@@ -952,42 +1082,6 @@ void unpair(const uint32_t* words_of_two, int64_t stride, int64_t channels, int6
       const words both = load_words(words_of_two + i);
       store(out + i, lower(both));
       store(out + out_stride + i, upper(both));
-    }
-  }
-}
-
-// The same of both channels of each word.
-void convolve_gelu_pairs(const uint32_t* x, int64_t stride, int64_t width, const float* left,
-                         const float* right, const float* weight, const float* bias, int64_t channels,
-                         int64_t tokens, uint32_t* out, int64_t out_stride) {
-  for (int64_t c = 0; c < channels; c += 2, x += stride, out += out_stride, weight += 18) {
-    vec<float> w[2][9];
-#pragma GCC unroll 9
-    for (int tap = 0; tap < 9; ++tap) {
-      w[0][tap] = filled(weight[tap]);
-      w[1][tap] = filled(weight[9 + tap]);
-    }
-    const vec<float> start[2] = {filled(bias[c]), filled(bias[c + 1])};
-    for (int64_t i = 0; i < tokens; i += Vector<float>::lanes) {
-      vec<float> side[2][3];
-#pragma GCC unroll 3
-      for (int dx = 0; dx < 3; ++dx) {
-        const uint32_t* middle = x + i + dx - 1;
-        const words near[3] = {load_words_unaligned(middle - width), load_words_unaligned(middle),
-                               load_words_unaligned(middle + width)};
-        side[0][dx] =
-            w[0][dx] * lower(near[0]) + w[0][3 + dx] * lower(near[1]) + w[0][6 + dx] * lower(near[2]);
-        side[1][dx] =
-            w[1][dx] * upper(near[0]) + w[1][3 + dx] * upper(near[1]) + w[1][6 + dx] * upper(near[2]);
-      }
-      vec<float> active[2];
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        active[half] = gelu(start[half] + side[half][1] + where_set<float>(side[half][0], left + i) +
-                                where_set<float>(side[half][2], right + i),
-                            kRoughNormal);
-      }
-      store_words(out + i, paired(active[0], active[1]));
     }
   }
 }
@@ -1002,80 +1096,215 @@ inline vec<float> add_pairs(vec<float> sum, words a, words b) {
 #endif
 }
 
-// Adds a's R rows times b to sums.
+// The same of one half, where the other one of b is 0.
+template <bool high>
+inline vec<float> add_half(vec<float> sum, words a, words b) {
+#if defined(__AVX512BF16__)
+  return add_pairs(sum, a, b);
+#else
+  return high ? sum + upper(a) * upper(b) : sum + lower(a) * lower(b);
+#endif
+}
+
+// R tokens times C vectors of a layer's rows.
 template <int R, int C>
-inline void add_pairs_block(vec<float> (&sum)[R][C], const BFloat16* a, int64_t a_row, const uint32_t* b,
-                            int64_t b_stride, int64_t depth) {
+inline void add_pairs_block(vec<float> (&sum)[R][C], const uint32_t* tokens, int64_t stride,
+                            const uint32_t* weight, int64_t depth) {
   constexpr int64_t lanes = Vector<float>::lanes;
-  for (int64_t k = 0; k < depth; k += 2, b += b_stride) {
+  for (int64_t k = 0; k < depth; ++k, weight += kGroup) {
     words row[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) row[c] = load_words(b + c * lanes);
+    for (int c = 0; c < C; ++c) row[c] = load_words(weight + c * lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      uint32_t factor;
-      __builtin_memcpy(&factor, a + r * a_row + k, sizeof(factor));
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sum[r][c] = add_pairs(sum[r][c], words{} + factor, row[c]);
+      for (int c = 0; c < C; ++c) sum[r][c] = add_pairs(sum[r][c], words{} + tokens[r * stride + k], row[c]);
     }
   }
 }
 
-template <int R, int C>
-inline void pairs_block(float* out, int64_t out_stride, const BFloat16* a, int64_t a_row, const float* bias,
-                        const uint32_t* b, int64_t b_stride, int64_t depth) {
+void linear_rows(const uint32_t* tokens, int64_t stride, int64_t count, const uint32_t* weight,
+                 const float* bias, int64_t depth, int64_t rows, float* out, int64_t out_stride) {
   constexpr int64_t lanes = Vector<float>::lanes;
-  vec<float> sum[R][C];
+  in_blocks<kPairTokens, kPairVectors>(count, rows / lanes, [&]<int R, int C>(int64_t token, int64_t vector) {
+    float* to = out + token * out_stride + vector * lanes;
+    vec<float> sum[R][C];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sum[r][c] = bias ? filled(bias[r]) : load(out + r * out_stride + c * lanes);
-  }
-  add_pairs_block(sum, a, a_row, b, b_stride, depth);
+      for (int c = 0; c < C; ++c)
+        sum[r][c] = load(bias ? bias + (vector + c) * lanes : to + r * out_stride + c * lanes);
+    }
+    add_pairs_block(sum, tokens + token * stride, stride, weight + vector * lanes, depth);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(out + r * out_stride + c * lanes, sum[r][c]);
-  }
-}
-
-void pairs_linear(float* out, int64_t out_stride, const BFloat16* a, int64_t a_row, const float* bias,
-                  const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t cols) {
-  constexpr int64_t lanes = Vector<float>::lanes;
-  in_blocks<kProductRows, kPairVectors>(rows, cols / lanes, [&]<int R, int C>(int64_t row, int64_t vector) {
-    pairs_block<R, C>(out + row * out_stride + vector * lanes, out_stride, a + row * a_row, a_row,
-                      bias ? bias + row : nullptr, b + vector * lanes, b_stride, depth);
+      for (int c = 0; c < C; ++c) store(to + r * out_stride + c * lanes, sum[r][c]);
+    }
   });
 }
 
-// P pairs of rows.
-template <int P, int C>
-inline void paired_block(uint32_t* out, int64_t out_stride, const BFloat16* a, int64_t a_row,
-                         const float* bias, const uint32_t* b, int64_t b_stride, int64_t depth) {
+void linear_words(const uint32_t* tokens, int64_t stride, int64_t count, const uint32_t* weight,
+                  const float* bias, int64_t depth, uint32_t* out) {
   constexpr int64_t lanes = Vector<float>::lanes;
-  vec<float> sum[2 * P][C];
+  in_blocks<kPairTokens, kPairVectors / 2>(
+      count, kGroup / (2 * lanes), [&]<int R, int P>(int64_t token, int64_t pair) {
+        vec<float> sum[R][2 * P];
 #pragma GCC unroll 8
-  for (int r = 0; r < 2 * P; ++r) {
+        for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sum[r][c] = filled(bias[r]);
-  }
-  add_pairs_block(sum, a, a_row, b, b_stride, depth);
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c)
-      store_words(out + p * out_stride + c * lanes, paired(sum[2 * p][c], sum[2 * p + 1][c]));
+          for (int c = 0; c < 2 * P; ++c) sum[r][c] = load(bias + (2 * pair + c) * lanes);
+        }
+        add_pairs_block(sum, tokens + token * stride, stride, weight + 2 * pair * lanes, depth);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+          for (int p = 0; p < P; ++p)
+            store_words(out + (token + r) * kGroup / 2 + (pair + p) * lanes,
+                        paired(sum[r][2 * p], sum[r][2 * p + 1]));
+        }
+      });
+}
+
+// P tokens next to each other share what they load.
+template <int P>
+inline void conv_gelu_words_block(const uint32_t* const* lines, int64_t first, const uint32_t* taps,
+                                  const float* bias, uint32_t* out, int64_t out_stride) {
+  constexpr int64_t size = kGroup / 2;
+  for (int64_t c = 0; c < size; c += Vector<float>::lanes) {
+    vec<float> low[P], high[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      low[p] = load(bias + c);
+      high[p] = load(bias + size + c);
+    }
+#pragma GCC unroll 3
+    for (int line = 0; line < 3; ++line) {
+      words w[3][2];
+#pragma GCC unroll 3
+      for (int tap = 0; tap < 3; ++tap) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half)
+          w[tap][half] = load_words(taps + ((line * 3 + tap) * 2 + half) * size + c);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < P + 2; ++i) {
+        const words here = load_words(lines[line] + (first + i) * size + c);
+#pragma GCC unroll 3
+        for (int tap = 0; tap < 3; ++tap) {
+          if (i - tap < 0 || i - tap >= P) continue;
+          low[i - tap] = add_half<false>(low[i - tap], here, w[tap][0]);
+          high[i - tap] = add_half<true>(high[i - tap], here, w[tap][1]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+      store_words(out + (first + p) * out_stride + c, paired(rough_gelu(low[p]), rough_gelu(high[p])));
   }
 }
 
-void pairs_linear_pairs(uint32_t* out, int64_t out_stride, const BFloat16* a, int64_t a_row,
-                        const float* bias, const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth,
-                        int64_t cols) {
-  constexpr int64_t lanes = Vector<float>::lanes;
-  in_blocks<kRowPairs, kPairVectors>(rows / 2, cols / lanes, [&]<int P, int C>(int64_t pair, int64_t vector) {
-    paired_block<P, C>(out + pair * out_stride + vector * lanes, out_stride, a + 2 * pair * a_row, a_row,
-                       bias + 2 * pair, b + vector * lanes, b_stride, depth);
+void conv_gelu_words(const uint32_t* const* lines, int64_t count, const uint32_t* taps, const float* bias,
+                     uint32_t* out, int64_t out_stride) {
+  in_groups<kConvTokens>(count, [&](int64_t first, int64_t size) {
+    with_constant<kConvTokens>(size, [&]<int P>(Constant<P>) {
+      conv_gelu_words_block<P>(lines, first, taps, bias, out, out_stride);
+    });
   });
+}
+
+// The sum of all lanes.
+inline float total(vec<float> v) {
+#pragma GCC unroll 4
+  for (int64_t step = Vector<float>::lanes / 2; step > 0; step /= 2) {
+    Vector<float>::bits other;
+    for (int64_t lane = 0; lane < Vector<float>::lanes; ++lane) other[lane] = lane ^ step;
+    v += __builtin_shuffle(v, other);
+  }
+  return v[0];
+}
+
+// T tokens next to each other: their sums do not wait for one another's.
+template <typename X, int T>
+inline void normalize_tokens(const X* x, int64_t channels, const float* weight, const float* bias, float eps,
+                             BFloat16* out) {
+  constexpr int64_t lanes = Vector<float>::lanes;
+  const int64_t whole = channels / lanes * lanes;
+  float mean[T], factor[T];
+  // The means of `term` over each token's channels.
+  const auto averaged = [&](float (&means)[T], auto term) {
+    vec<float> sum[T] = {};
+    for (int64_t c = 0; c < whole; c += lanes) {
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) sum[t] += term(t, load_wide(x + t * channels + c));
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      float rest = 0;
+      for (int64_t c = whole; c < channels; ++c) rest += term(t, widened(x[t * channels + c]));
+      means[t] = (total(sum[t]) + rest) / channels;
+    }
+  };
+  averaged(mean, [](int, auto v) { return v; });
+  averaged(factor, [&](int t, auto v) { return (v - mean[t]) * (v - mean[t]); });
+  for (int t = 0; t < T; ++t) factor[t] = 1 / __builtin_sqrtf(factor[t] + eps);
+  for (int64_t c = 0; c < whole; c += lanes) {
+    const vec<float> w = load_unaligned(weight + c), b = load_unaligned(bias + c);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+      store_wide(out + t * channels + c, (load_wide(x + t * channels + c) - mean[t]) * (factor[t] * w) + b);
+  }
+  for (int64_t c = whole; c < channels; ++c) {
+    for (int t = 0; t < T; ++t)
+      narrow_to((widened(x[t * channels + c]) - mean[t]) * (factor[t] * weight[c]) + bias[c],
+                out[t * channels + c]);
+  }
+}
+
+template <typename X>
+void normalize_rows(const X* x, int64_t count, int64_t channels, const float* weight, const float* bias,
+                    float eps, BFloat16* out) {
+  in_groups<kNormTokens>(count, [&](int64_t first, int64_t size) {
+    with_constant<kNormTokens>(size, [&]<int T>(Constant<T>) {
+      normalize_tokens<X, T>(x + first * channels, channels, weight, bias, eps, out + first * channels);
+    });
+  });
+}
+
+void round_rows(const float* rows, int64_t count, int64_t channels, int64_t cols, BFloat16* out,
+                int64_t stride) {
+  constexpr int64_t lanes = Vector<float>::lanes;
+  for (int64_t i = 0; i < count; ++i, rows += cols, out += stride) {
+    int64_t c = 0;
+    for (; c + lanes <= channels; c += lanes) store_wide(out + c, load(rows + c));
+    for (; c < channels; ++c) narrow_to(rows[c], out[c]);
+  }
+}
+
+void turn_rows(const float* rows, int64_t count, int64_t cols, const float* row, const float* columns,
+               int64_t heads, int64_t pairs, BFloat16* out, int64_t stride) {
+  constexpr int64_t lanes = Vector<float>::lanes;
+  // Some pairs of a token's heads: `table` has their cosines, and their sines `pairs` further on.
+  const auto turn = [&]<bool full>(const float* from, BFloat16* to, const float* table,
+                                   Lanes<float, full> part) {
+    const vec<float> cos = part.load(table), sin = part.load(table + pairs);
+    for (int64_t head = 0; head < heads; ++head, from += 4 * pairs, to += 4 * pairs) {
+      const vec<float> low = part.load(from), high = part.load(from + 2 * pairs);
+      part.store_narrow(to, low * cos - high * sin);
+      part.store_narrow(to + 2 * pairs, high * cos + low * sin);
+    }
+  };
+  for (int64_t i = 0; i < count; ++i, rows += cols, columns += 2 * pairs, out += stride) {
+    int64_t c = 0;
+    for (; c + lanes <= pairs; c += lanes) {
+      turn(rows + c, out + c, row + c, Lanes<float, true>{lanes});
+      turn(rows + pairs + c, out + pairs + c, columns + c, Lanes<float, true>{lanes});
+    }
+    if (c < pairs) {
+      turn(rows + c, out + c, row + c, Lanes<float, false>{pairs - c});
+      turn(rows + pairs + c, out + pairs + c, columns + c, Lanes<float, false>{pairs - c});
+    }
+  }
 }
 
 template <typename T>
@@ -1206,8 +1435,8 @@ const InstructionSet instructions = {
     table<float>(),
     table<double>(),
     stream,
-    {convolve_add<float, BFloat16>, add<float, BFloat16>, pair, unpair, convolve_gelu_pairs, pairs_linear,
-     pairs_linear_pairs},
+    {Vector<float>::lanes, convolve_add<float, BFloat16>, add<float, BFloat16>, unpair, linear_rows,
+     linear_words, conv_gelu_words, normalize_rows<float>, normalize_rows<BFloat16>, round_rows, turn_rows},
 };
 
 }  // namespace LF_ISA

@@ -108,33 +108,57 @@ struct Kernels {
   int64_t pairs_per_step;
 };
 
-// Tokens of bfloat16, and products of bfloat16 weights: computed and summed in float32.
+// Rows of a layer that go through products together.
+constexpr int64_t kGroup = 64;
+
+// Layers of bfloat16 weights, computed and summed in float32. Tokens lie in rows of words of two channels:
+// channel 2 c is the lower half. A layer's weights are packed: for each group of kGroup rows words of two
+// inputs, (inputs / 2, kGroup).
 struct NarrowKernels {
+  // Floats of a register: the order of the rows in a group (see linear_words).
+  int64_t lanes;
   // As above.
   void (*convolve_add)(const BFloat16* map, int64_t height, int64_t width, int64_t first, int64_t count,
                        const float* weight, const float* bias, const BFloat16* added, int64_t channels,
                        int64_t cols, float* out);
   void (*add)(const BFloat16* x, int64_t stride, const float* rows, int64_t count, int64_t channels,
               int64_t cols, BFloat16* out);
-  // (channels, tokens) rounded to words of two, (channels / 2, tokens): channel 2 c is the lower half.
-  // channels even, tokens a multiple of kAlign.
-  void (*pair)(const float* x, int64_t stride, int64_t channels, int64_t tokens, uint32_t* out,
-               int64_t out_stride);
-  // The reverse, without rounding.
+  // Words (channels / 2, tokens) into floats (channels, tokens). channels even, tokens a multiple of kAlign.
   void (*unpair)(const uint32_t* words, int64_t stride, int64_t channels, int64_t tokens, float* out,
                  int64_t out_stride);
-  // As above, of words of two channels and into such; to 1e-5.
-  void (*convolve_gelu)(const uint32_t* x, int64_t stride, int64_t width, const float* left,
-                        const float* right, const float* weight, const float* bias, int64_t channels,
-                        int64_t tokens, uint32_t* out, int64_t out_stride);
-  // out[r][c] = bias[r] + sum_k a[r * a_row + k] b[k][c], b in words of two, depth even; without a bias it
-  // adds to what is there. cols a multiple of kAlign.
-  void (*linear)(float* out, int64_t out_stride, const BFloat16* a, int64_t a_row, const float* bias,
-                 const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t cols);
-  // The same into words of two rows, whose number is even.
-  void (*linear_pairs)(uint32_t* out, int64_t out_stride, const BFloat16* a, int64_t a_row, const float* bias,
-                       const uint32_t* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t cols);
+  // out[i][r] = bias[r] + weight[r] tokens[i], of `depth` words: `count` tokens, `rows` of a group, a
+  // multiple of 2 kAlign. Without a bias it adds to what is there.
+  void (*linear_rows)(const uint32_t* tokens, int64_t stride, int64_t count, const uint32_t* weight,
+                      const float* bias, int64_t depth, int64_t rows, float* out, int64_t out_stride);
+  // The same of all of a group, rounded to words: out (count, kGroup / 2). Of each 2 `lanes` rows the even
+  // ones come first in the weights and the bias (see paired_row).
+  void (*linear_words)(const uint32_t* tokens, int64_t stride, int64_t count, const uint32_t* weight,
+                       const float* bias, int64_t depth, uint32_t* out);
+  // out[i] = GELU of bias and the 3 x 3 neighbours, to 1e-5: kGroup channels of `count` tokens of a line. Of
+  // the lines above, here and below, (count + 2, kGroup / 2) words, the first token is the left neighbour of
+  // out's first. taps[9][2][kGroup / 2]: words of even channels, then of odd ones, whose other half is 0;
+  // bias[2][kGroup / 2].
+  void (*conv_gelu_words)(const uint32_t* const* lines, int64_t count, const uint32_t* taps,
+                          const float* bias, uint32_t* out, int64_t out_stride);
+  // Layer normalisation of contiguous tokens.
+  void (*normalize_wide_rows)(const float* x, int64_t count, int64_t channels, const float* weight,
+                              const float* bias, float eps, BFloat16* out);
+  void (*normalize_rows)(const BFloat16* x, int64_t count, int64_t channels, const float* weight,
+                         const float* bias, float eps, BFloat16* out);
+  // Rows of `cols`, a multiple of kAlign, rounded to tokens that are `stride` apart.
+  void (*round_rows)(const float* rows, int64_t count, int64_t channels, int64_t cols, BFloat16* out,
+                     int64_t stride);
+  // The same of heads whose channels turn: those of pair p are p and p + 2 pairs of a head. The first `pairs`
+  // of them turn with the map's row, by row[2][pairs], cosines and sines, and the others with a token's
+  // column, by columns[count][2][pairs].
+  void (*turn_rows)(const float* rows, int64_t count, int64_t cols, const float* row, const float* columns,
+                    int64_t heads, int64_t pairs, BFloat16* out, int64_t stride);
 };
+
+// Which row of a group of weights is at a position, where products are rounded to words.
+constexpr int64_t paired_row(int64_t position, int64_t lanes) {
+  return position / (2 * lanes) * 2 * lanes + position % lanes * 2 + position / lanes % 2;
+}
 
 struct InstructionSet {
   const char* name;
