@@ -338,7 +338,10 @@ __device__ inline unsigned coinciding(const Columns<T>& distance) {
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
-      for (int i = 0; i < kPerLane<T>; ++i) pairs |= (distance[j][i] == 0 ? 1u : 0u) << (j * kPerLane<T> + i);
+      for (int i = 0; i < kPerLane<T>; ++i) {
+        const bool met = distance[j][i] == 0;  // inside of the shift, GCC 12 takes it wrongly with UBSan
+        pairs |= (met ? 1u : 0u) << (j * kPerLane<T> + i);
+      }
     }
   }
   return pairs;
