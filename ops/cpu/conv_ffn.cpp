@@ -17,9 +17,9 @@ constexpr int64_t kHidden = 64;
 template <typename T>
 class Worker {
  public:
-  // `partials` (parts, tokens, padded channels) takes what parts of the hidden channels add, if they are cut.
   Worker(const Tokens& shape, const T* x, const LayerNorm<T>& norm, int64_t hidden, const Linear<T>& fc1,
-         const Linear<T>& conv, const Linear<T>& fc2, const Pieces& pieces, T* out, T* partials)
+         const Linear<T>& conv, const Linear<T>& fc2, const Pieces& pieces, T* out,
+         const Partials<T>& partials)
       : shape_(shape),
         x_(x),
         norm_(norm),
@@ -49,9 +49,8 @@ class Worker {
     fc1_now_ = {fc1_.weight + channel * shape_.channels, fc1_.bias + channel};
     conv_now_ = {conv_.weight + channel * 9, conv_.bias + channel};
     fc2_now_ = {fc2_.weight + channel, channel == 0 ? fc2_.bias : no_bias_.get()};
-    partial_ = partials_ ? partials_ + piece.part * shape_.batch * shape_.each() * cols_ : nullptr;
-    first_column_ = piece.first_column - (piece.first_column > 0);
-    wide_ = std::min(shape_.width, piece.first_column + piece.columns + 1) - first_column_;
+    partial_ = partials_.of(piece);
+    wide_ = piece.wide;
     const int64_t end = (piece.rows + 2) * wide_;
     inside_ = piece.first_row > 0 ? 0 : wide_;
     inside_end_ = piece.first_row + piece.rows < shape_.height ? end : end - wide_;
@@ -84,7 +83,7 @@ class Worker {
     for (int64_t position = first; position < end;) {
       const int64_t row = position / wide_, column = position % wide_;
       const int64_t count = std::min(end - position, wide_ - column);
-      run(position, (piece_.first_row - 1 + row) * shape_.width + first_column_ + column, count);
+      run(position, (piece_.first_row - 1 + row) * shape_.width + piece_.wide_column + column, count);
       position += count;
     }
   }
@@ -137,7 +136,7 @@ class Worker {
     kernels<T>().transpose(transposed_, kPanel, shape_.channels, tokens, rows_, cols_);
     in_rows(begin, end, [&](int64_t position, int64_t token, int64_t count) {
       // The neighbours at the sides are not of this piece.
-      const int64_t column = position % wide_ + first_column_;
+      const int64_t column = position % wide_ + piece_.wide_column;
       const int64_t skipped = std::max<int64_t>(0, piece_.first_column - column);
       const int64_t kept = std::min(column + count, piece_.first_column + piece_.columns) - column - skipped;
       if (kept <= 0) return;
@@ -159,14 +158,14 @@ class Worker {
   const Linear<T>& conv_;
   const Linear<T>& fc2_;
   T* out_;
-  T* partials_;
+  const Partials<T>& partials_;
   int64_t cols_, behind_, stride_;
   Scratch<T> hidden_, rows_, transposed_, left_, right_, no_bias_;
   Gathered<T> gathered_;
   Scratch<T> active_;
   // What belongs to the piece.
   Piece piece_{};
-  int64_t first_column_ = 0, wide_ = 0, inside_ = 0, inside_end_ = 0;
+  int64_t wide_ = 0, inside_ = 0, inside_end_ = 0;
   Linear<T> fc1_now_{}, fc2_now_{};
   Linear<T> conv_now_{};
   T* partial_ = nullptr;
@@ -177,10 +176,10 @@ class Worker {
 template <typename T>
 void feed_forward(const Tokens& shape, const T* x, const LayerNorm<T>& norm, int64_t hidden,
                   const Linear<T>& fc1, const Linear<T>& conv, const Linear<T>& fc2, T* out) {
-  const Pieces pieces(shape, hidden, kAlign, pool_threads());
+  const Pieces pieces(shape, hidden, kAlign);
   const Partials<T> partials(shape, pieces);
   share_out(pieces.count(), [&](Items& items) {
-    Worker<T> worker(shape, x, norm, hidden, fc1, conv, fc2, pieces, out, partials.get());
+    Worker<T> worker(shape, x, norm, hidden, fc1, conv, fc2, pieces, out, partials);
     for (int64_t i = items(); i >= 0; i = items()) worker.run(pieces[i]);
   });
   partials.add_to(x, out);

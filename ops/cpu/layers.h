@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "parallel.h"
@@ -93,6 +92,14 @@ void map_of_tokens(const Tokens& shape, const BFloat16* x, const LayerNorm<float
 
 // Parts of `size` as equal as can be: where part `index` of `count` begins.
 inline int64_t part(int64_t size, int64_t count, int64_t index) { return size * index / count; }
+
+// Asks for a part of contiguous memory: for all of much memory at once would hold up what comes between.
+template <typename T>
+void prefetch_part(const T* data, int64_t size, int64_t count, int64_t index) {
+  const char *begin = reinterpret_cast<const char*>(data + part(size, count, index)),
+             *end = reinterpret_cast<const char*>(data + part(size, count, index + 1));
+  for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 2);
+}
 
 // The kernels that read and write tokens of type X.
 template <typename T, typename X>

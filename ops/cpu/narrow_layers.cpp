@@ -154,8 +154,6 @@ class Worker {
 
   void run(const Piece& piece) {
     piece_ = piece;
-    first_column_ = piece.first_column - (piece.first_column > 0);
-    wide_ = std::min(shape_.width, piece.first_column + piece.columns + 1) - first_column_;
     // Line 0 is the one above the piece, and a line of the result takes three.
     int64_t done = 0;
     for (int64_t line = 0; line < piece.rows + 2; line += lines_) {
@@ -188,34 +186,34 @@ class Worker {
     };
     for (int64_t line = first; line < first + count; ++line) {
       if (!inside(line)) continue;
-      const int64_t token = token_at(piece_.first_row - 1 + line, first_column_);
-      normalize(x_ + token * channels, wide_, channels, norm_, tokens_ + (line - first) * size);
+      const int64_t token = token_at(piece_.first_row - 1 + line, piece_.wide_column);
+      normalize(x_ + token * channels, piece_.wide, channels, norm_, tokens_ + (line - first) * size);
     }
     for (int64_t group = 0; group < groups(); ++group) {
       const int64_t here = group_at(group);
       for (int64_t line = first + count; line < std::min(first + 2 * count, piece_.rows + 2); ++line) {
         if (!inside(line)) continue;
-        const int64_t token = token_at(piece_.first_row - 1 + line, first_column_);
-        prefetch_share(x_ + token * channels, wide_ * channels, group, groups());
+        const int64_t token = token_at(piece_.first_row - 1 + line, piece_.wide_column);
+        prefetch_part(x_ + token * channels, piece_.wide * channels, groups(), group);
       }
       for (int64_t line = first; line < first + count; ++line) {
         uint32_t* to = line_at(group, line);
         if (!inside(line)) {
-          std::fill_n(to, (wide_ + 2) * kWords, 0);
+          std::fill_n(to, (piece_.wide + 2) * kWords, 0);
           continue;
         }
         std::fill_n(to, kWords, 0);
-        narrow().linear_words(as_words(tokens_ + (line - first) * size), channels / 2, wide_,
+        narrow().linear_words(as_words(tokens_ + (line - first) * size), channels / 2, piece_.wide,
                               network_.fc1 + here * channels / 2 * kGroup, network_.fc1_bias + here * kGroup,
                               channels / 2, to + kWords);
-        std::fill_n(to + (wide_ + 1) * kWords, kWords, 0);
+        std::fill_n(to + (piece_.wide + 1) * kWords, kWords, 0);
       }
     }
   }
 
   // Convolution, GELU and the second layer: lines `first` and on of the result.
   void contract(int64_t first, int64_t count) {
-    const int64_t columns = piece_.columns, left = (piece_.first_column - first_column_) * kWords;
+    const int64_t columns = piece_.columns, left = (piece_.first_column - piece_.wide_column) * kWords;
     const float* bias = piece_.part == 0 ? network_.fc2_bias : network_.no_bias;
     for (int64_t group = 0; group < groups(); group += kGroups) {
       const int64_t together = std::min(kGroups, groups() - group), stride = together * kWords;
@@ -240,8 +238,8 @@ class Worker {
     for (int64_t line = 0; line < count; ++line) {
       const int64_t token = token_at(piece_.first_row + first + line, piece_.first_column);
       const float* rows = rows_ + line * columns * cols_;
-      if (float* partials = partials_.get()) {
-        std::copy_n(rows, columns * cols_, partials + piece_.part * partials_.each() + token * cols_);
+      if (float* partial = partials_.of(piece_)) {
+        std::copy_n(rows, columns * cols_, partial + token * cols_);
       } else {
         token_kernels<float, X>().add(x_ + token * shape_.channels, shape_.channels, rows, columns,
                                       shape_.channels, cols_, out_ + token * shape_.channels);
@@ -259,9 +257,7 @@ class Worker {
   Scratch<uint32_t> hidden_, active_;
   Scratch<BFloat16> tokens_;
   Scratch<float> rows_;
-  // What belongs to the piece.
   Piece piece_{};
-  int64_t first_column_ = 0, wide_ = 0;
 };
 
 // (2, pairs, size) as (size, 2, pairs).
@@ -292,7 +288,7 @@ void heads_of(const Tokens& shape, const X* x, const LayerNorm<float>& norm,
       const int64_t at = panels.at(panel), cols = padded(panel.channels);
       normalize(x + at, panel.count, channels, norm, tokens.get());
       for (int i = 0; i < 3; ++i) {
-        prefetch_share(x + panels.at(next), panels.size(next), i, 3);
+        prefetch_part(x + panels.at(next), panels.size(next), 3, i);
         packed[i](as_words(tokens), panel.count, panel.first_channel, panel.channels, rows, cols);
         BFloat16* to = out[i] + at + panel.first_channel;
         if (!pairs || i == 2) {
@@ -329,7 +325,7 @@ void tokens_of_heads(const Tokens& shape, const X* x, const BFloat16* attended, 
       narrow().convolve_add(values + start, shape.height, shape.width, panel.first, panel.count, taps,
                             conv.bias, attended + at, channels, cols, rows);
       narrow().round_rows(rows, panel.count, channels, cols, tokens.get(), channels);
-      prefetch_share(attended + panels.at(next), panels.size(next), 0, 1);
+      prefetch_part(attended + panels.at(next), panels.size(next), 1, 0);
       packed(as_words(tokens), panel.count, channel, panel.channels, rows, here);
       token_kernels<float, X>().add(x + at + channel, channels, rows, panel.count, panel.channels, here,
                                     out + at + channel);
@@ -342,7 +338,7 @@ void feed_forward(const Tokens& shape, const X* x, const LayerNorm<float>& norm,
                   const Linear<float, BFloat16>& fc1, const Linear<float>& conv,
                   const Linear<float, BFloat16>& fc2, X* out) {
   const Network network(shape.channels, hidden, fc1, conv, fc2);
-  const Pieces pieces(shape, network.groups * kGroup, kGroup, pool_threads());
+  const Pieces pieces(shape, network.groups * kGroup, kGroup);
   const Partials<float> partials(shape, pieces);
   share_out(pieces.count(), [&](Items& items) {
     Worker<X> worker(shape, x, norm, network, pieces, out, partials);
@@ -354,24 +350,23 @@ void feed_forward(const Tokens& shape, const X* x, const LayerNorm<float>& norm,
 void map_of_tokens(const Tokens& shape, const BFloat16* x, const LayerNorm<float>& norm, BFloat16* tokens,
                    BFloat16* map) {
   const int64_t channels = shape.channels, depth = channels / 2, cols = padded(depth);
-  const int64_t panels = (shape.each() + kPanel - 1) / kPanel;
-  share_out(shape.batch * panels, [&](Items& items) {
+  const Panels panels(shape);
+  share_out(panels.count(), [&](Items& items) {
     const Scratch<float> rows(map ? kPanel * cols : 0), words(map ? cols * kPanel : 0),  // of two channels
-        panel(map ? channels * kPanel : 0);
+        wide(map ? channels * kPanel : 0);
     if (map) rows.zeroed(kPanel * cols);
     for (int64_t item = items(); item >= 0; item = items()) {
-      const int64_t image = item / panels, first = item % panels * kPanel;
-      const int64_t count = std::min(kPanel, shape.each() - first);
-      BFloat16* to = tokens + (image * shape.each() + first) * channels;
-      normalize(x + (to - tokens), count, channels, norm, to);
+      const Panel panel = panels[item];
+      BFloat16* to = tokens + panels.at(panel);
+      normalize(x + panels.at(panel), panel.count, channels, norm, to);
       if (!map) continue;
-      for (int64_t i = 0; i < count; ++i)
+      for (int64_t i = 0; i < panel.count; ++i)
         std::memcpy(rows + i * cols, to + i * channels, depth * sizeof(float));
-      panel_of_rows<float>(rows, count, cols, words);
-      narrow().unpair(reinterpret_cast<const uint32_t*>(words.get()), kPanel, channels, padded(count), panel,
-                      kPanel);
-      narrow().round_rows(panel, channels, count, kPanel, map + image * channels * shape.each() + first,
-                          shape.each());
+      panel_of_rows<float>(rows, panel.count, cols, words);
+      narrow().unpair(reinterpret_cast<const uint32_t*>(words.get()), kPanel, channels, padded(panel.count),
+                      wide, kPanel);
+      narrow().round_rows(wide, channels, panel.count, kPanel,
+                          map + panel.image * channels * shape.each() + panel.first, shape.each());
     }
   });
 }

@@ -28,6 +28,9 @@ class Panels {
         all_(shape.batch * each_),
         parts_(std::clamp<int64_t>(kTurns * pool_threads() / std::max<int64_t>(1, all_), 1, units_)) {}
 
+  // Each once, for all channels.
+  explicit Panels(const Tokens& shape) : Panels(shape, std::max<int64_t>(1, shape.channels)) {}
+
   int64_t count() const { return all_ * parts_; }
 
   // An empty one for -1.

@@ -137,14 +137,6 @@ void pack_rows(const View& from, int64_t head, int64_t first, int64_t rows, int6
                     from.channels(), padded(from.channels()), to);
 }
 
-// One of `count` shares of contiguous memory: asked for at once, all of it would hold up what comes between.
-template <typename T>
-void prefetch_share(const T* data, int64_t size, int64_t share, int64_t count) {
-  const char *begin = reinterpret_cast<const char*>(data + size * share / count),
-             *end = reinterpret_cast<const char*>(data + size * (share + 1) / count);
-  for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 2);
-}
-
 // Up to `count` rows of a head, to prefetch; rows of scattered channels are left alone.
 inline Region rows_ahead(const View& view, int64_t head, int64_t first, int64_t count) {
   const int64_t item = item_size(view.dtype),

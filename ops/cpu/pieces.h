@@ -21,13 +21,15 @@ constexpr int64_t kLeastChannels = 32;
 // Some rows and columns of one image's result, or what some hidden channels add to it.
 struct Piece {
   int64_t image, first_row, rows, first_column, columns, part, first_channel, channels;
+  // Its columns with the neighbours at its sides, where these are in the map.
+  int64_t wide_column, wide;
 };
 
 // How a batch is cut for some threads. Results do not depend on their number.
 class Pieces {
  public:
   // Parts of the hidden channels are multiples of `unit`, all but the last.
-  Pieces(const Tokens& shape, int64_t hidden, int64_t unit, int64_t threads)
+  Pieces(const Tokens& shape, int64_t hidden, int64_t unit)
       : images_(shape.batch), height_(shape.height), width_(shape.width), hidden_(hidden), unit_(unit) {
     if (height_ * width_ <= kSmallMap) {
       parts_ = std::clamp<int64_t>(hidden_ / std::max(kLeastChannels, unit_), 1, kParts);
@@ -36,6 +38,7 @@ class Pieces {
     }
     strips_ = width_ <= kWholeColumns ? 1 : (width_ + kColumns - 1) / kColumns;
     int64_t least = INT64_MAX;
+    const int64_t threads = pool_threads();
     for (int64_t segments = 1; segments <= std::max<int64_t>(1, height_ / 2); ++segments) {
       // Of the rows above and below a piece the first layer alone is computed: half of a row's work each.
       const int64_t rows = (height_ + segments - 1) / segments;
@@ -61,15 +64,18 @@ class Pieces {
     const int64_t each = strips_ * segments_, part_of_hidden = index / (images_ * each);
     const int64_t channel = channel_of(part_of_hidden);
     const int64_t strip = index % strips_, segment = index / strips_ % segments_;
-    const int64_t row = part(height_, segments_, segment), column = part(width_, strips_, strip);
+    const int64_t row = part(height_, segments_, segment), column = part(width_, strips_, strip),
+                  end = part(width_, strips_, strip + 1), wide_column = std::max<int64_t>(0, column - 1);
     return {index / each % images_,
             row,
             part(height_, segments_, segment + 1) - row,
             column,
-            part(width_, strips_, strip + 1) - column,
+            end - column,
             part_of_hidden,
             channel,
-            channel_of(part_of_hidden + 1) - channel};
+            channel_of(part_of_hidden + 1) - channel,
+            wide_column,
+            std::min(width_, end + 1) - wide_column};
   }
 
  private:
@@ -92,9 +98,8 @@ class Partials {
         each_(shape.batch * shape.each() * padded(shape.channels)),
         sums_(parts_ * each_) {}
 
-  // Null where nothing is cut.
-  T* get() const { return parts_ ? sums_.get() : nullptr; }
-  int64_t each() const { return each_; }
+  // Of all tokens; null where nothing is cut.
+  T* of(const Piece& piece) const { return parts_ ? sums_ + piece.part * each_ : nullptr; }
 
   // x and what all of them add, in order.
   template <typename X>

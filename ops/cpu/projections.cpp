@@ -65,7 +65,7 @@ void heads_of(const Tokens& shape, const T* x, const LayerNorm<T>& norm, const L
       turns_of(shape, panel, rotation, cos.get(), sin.get());
       for (int i = 0; i < 3; ++i) {
         const int64_t channel = panel.first_channel;
-        prefetch_share(x + panels.at(next), panels.size(next), i, 3);
+        prefetch_part(x + panels.at(next), panels.size(next), 3, i);
         kernels<T>().linear(to, kPanel, layers[i].weight + channel * channels, channels,
                             layers[i].bias + channel, from, kPanel, panel.channels, channels, tokens);
         if (head_dims && i < 2)
@@ -118,7 +118,7 @@ void tokens_of_heads(const Tokens& shape, const T* x, const T* attended, const T
       kernels<T>().convolve_add(values + start, shape.height, shape.width, panel.first, panel.count, taps,
                                 conv.bias, attended + at, channels, cols, rows);
       panel_of_rows<T>(rows, panel.count, cols, from);
-      prefetch_share(attended + panels.at(next), panels.size(next), 0, 1);
+      prefetch_part(attended + panels.at(next), panels.size(next), 1, 0);
       const int64_t channel = panel.first_channel, here = padded(panel.channels);
       kernels<T>().linear(to, kPanel, proj.weight + channel * channels, channels, proj.bias + channel, from,
                           kPanel, panel.channels, channels, tokens);
@@ -131,22 +131,23 @@ void tokens_of_heads(const Tokens& shape, const T* x, const T* attended, const T
 
 template <typename T>
 void map_of_tokens(const Tokens& shape, const T* x, const LayerNorm<T>& norm, T* tokens, T* map) {
-  const int64_t channels = shape.channels, panels = (shape.each() + kPanel - 1) / kPanel;
-  share_out(shape.batch * panels, [&](Items& items) {
-    const Scratch<T> panel(kPanel * padded(channels));
+  const int64_t channels = shape.channels;
+  const Panels panels(shape);
+  share_out(panels.count(), [&](Items& items) {
+    const Scratch<T> normed(kPanel * padded(channels));
     Gathered<T> gathered(channels);
     for (int64_t item = items(); item >= 0; item = items()) {
-      const int64_t image = item / panels, first = item % panels * kPanel;
-      const int64_t count = std::min(kPanel, shape.each() - first);
-      const int64_t at = (image * shape.each() + first) * channels;
-      gathered.set(x + at, 0, count);
-      gathered.to_panel(count, panel);
-      kernels<T>().normalize(panel, kPanel, channels, padded(count), norm.weight, norm.bias, norm.eps);
+      const Panel panel = panels[item];
+      const int64_t at = panels.at(panel);
+      gathered.set(x + at, 0, panel.count);
+      gathered.to_panel(panel.count, normed);
+      kernels<T>().normalize(normed, kPanel, channels, padded(panel.count), norm.weight, norm.bias, norm.eps);
       if (map) {
-        kernels<T>().unpack(panel, channels, count, kPanel, map + image * channels * shape.each() + first,
-                            dtype_named<T>, shape.each(), 1);
+        kernels<T>().unpack(normed, channels, panel.count, kPanel,
+                            map + panel.image * channels * shape.each() + panel.first, dtype_named<T>,
+                            shape.each(), 1);
       }
-      kernels<T>().transpose(panel, kPanel, channels, count, tokens + at, channels);
+      kernels<T>().transpose(normed, kPanel, channels, panel.count, tokens + at, channels);
     }
   });
 }

@@ -1067,10 +1067,6 @@ inline words paired(vec<float> low, vec<float> high) {
 }
 
 inline words load_words(const uint32_t* p) { return *reinterpret_cast<const words*>(p); }
-inline words load_words_unaligned(const uint32_t* p) {
-  typedef words unaligned __attribute__((aligned(alignof(uint32_t)), may_alias));
-  return *reinterpret_cast<const unaligned*>(p);
-}
 inline vec<float> lower(words both) { return (vec<float>)(both << 16); }
 inline vec<float> upper(words both) { return (vec<float>)(both & 0xFFFF0000); }
 inline void store_words(uint32_t* p, words v) { *reinterpret_cast<words*>(p) = v; }
